@@ -1,0 +1,311 @@
+"""Everything that can happen to a node core, and everything it can ask for: the one seam, on one page.
+
+Time (`now`, seconds) is an argument of `NodeCore.step`, never a field. Every piece of work and every timer
+carries a token; an answer whose token is no longer awaited is dropped, so nothing is ever cancelled.
+"""
+
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Literal
+
+from msgspec import Struct
+
+from protocols.messages import Hello, LinkMessage
+from protocols.vocabulary import Detail, ModelRef, PeerId, PeerRecord, Reason
+
+
+class _Fact(Struct, frozen=True, tag=True):
+    """Frozen, and tagged with its class name when it is written to a trace."""
+
+
+# --- events in ------------------------------------------------------------------------------------------
+class Started(_Fact, frozen=True):
+    """The node runs: where it listens, whom it knew, and the model it begins or goes on with."""
+
+    addresses: tuple[str, ...]
+    peers: tuple[PeerRecord, ...]
+    ref: ModelRef | None
+
+
+class LinkUp(_Fact, frozen=True):
+    """A secured link stands. At most one per peer: the adapter settles simultaneous dials."""
+
+    peer: PeerId
+    outbound: bool
+    address: str
+
+
+class LinkDown(_Fact, frozen=True):
+    peer: PeerId
+    reason: Reason
+    detail: Detail = ""
+
+
+class DialFailed(_Fact, frozen=True):
+    address: str
+    reason: Reason
+    detail: Detail = ""
+
+
+class Received(_Fact, frozen=True):
+    peer: PeerId
+    message: LinkMessage
+
+
+class Rejected(_Fact, frozen=True):
+    """The adapter threw away bytes before they became a message. `peer` is empty where none was proved."""
+
+    peer: PeerId
+    reason: Reason
+    detail: Detail = ""
+
+
+class TimerFired(_Fact, frozen=True):
+    timer: "Timer"
+
+
+class Fetched(_Fact, frozen=True):
+    """The model is held locally; hashes, schema and finiteness are checked."""
+
+    token: int
+
+
+class FetchFailed(_Fact, frozen=True):
+    token: int
+    reason: Reason
+    detail: Detail = ""
+
+
+class Trained(_Fact, frozen=True):
+    token: int
+    ref: ModelRef
+
+
+class Aggregated(_Fact, frozen=True):
+    token: int
+    ref: ModelRef
+
+
+class Evaluated(_Fact, frozen=True):
+    token: int
+    metrics: Mapping[str, float]
+
+
+class WorkFailed(_Fact, frozen=True):
+    """Training, merging or evaluating raised; the detail is the exception's text."""
+
+    token: int
+    detail: Detail
+
+
+class StopRequested(_Fact, frozen=True):
+    """The operator wants out: say goodbye, keep what is worth keeping, halt."""
+
+
+Event = (
+    Started
+    | LinkUp
+    | LinkDown
+    | DialFailed
+    | Received
+    | Rejected
+    | TimerFired
+    | Fetched
+    | FetchFailed
+    | Trained
+    | Aggregated
+    | Evaluated
+    | WorkFailed
+    | StopRequested
+)
+
+
+# --- notices: what one machine inside the core tells the others -----------------------------------------
+class PeerUp(_Fact, frozen=True):
+    """The handshake succeeded."""
+
+    peer: PeerId
+    hello: Hello
+
+
+class PeerDown(_Fact, frozen=True):
+    peer: PeerId
+    reason: Reason
+
+
+class ModelArrived(_Fact, frozen=True):
+    peer: PeerId
+    ref: ModelRef
+
+
+Notice = PeerUp | PeerDown | ModelArrived
+
+
+# --- effects out ----------------------------------------------------------------------------------------
+class Timer(_Fact, frozen=True):
+    owner: Literal["view", "exchange", "learning"]
+    name: str
+    token: int
+
+
+class Dial(_Fact, frozen=True):
+    """Answered by `LinkUp` or `DialFailed`."""
+
+    address: str
+
+
+class Disconnect(_Fact, frozen=True):
+    """What was sent before goes out first. Answered by `LinkDown`."""
+
+    peer: PeerId
+    reason: Reason
+
+
+class Send(_Fact, frozen=True):
+    peer: PeerId
+    message: LinkMessage
+
+
+class SetTimer(_Fact, frozen=True):
+    timer: Timer
+    after_s: float
+
+
+class Fetch(_Fact, frozen=True):
+    """Answered by `Fetched` or `FetchFailed`."""
+
+    token: int
+    peer: PeerId
+    ref: ModelRef
+
+
+class Train(_Fact, frozen=True):
+    """Local steps from `ref`; the round selects the batches. Answered by `Trained` or `WorkFailed`."""
+
+    token: int
+    ref: ModelRef
+    round: int
+
+
+class Input(Struct, frozen=True):
+    """One received model in a merge. Staleness is counted in rounds, never negative."""
+
+    peer: PeerId
+    ref: ModelRef
+    staleness: int
+
+
+class Aggregate(_Fact, frozen=True):
+    """Answered by `Aggregated` or `WorkFailed`."""
+
+    token: int
+    own: ModelRef
+    inputs: tuple[Input, ...]
+
+
+class Evaluate(_Fact, frozen=True):
+    """Answered by `Evaluated` or `WorkFailed`."""
+
+    token: int
+    ref: ModelRef
+
+
+class Keep(_Fact, frozen=True):
+    """Make this model the newest durable checkpoint."""
+
+    ref: ModelRef
+
+
+class Forget(_Fact, frozen=True):
+    """Nothing in the core refers to this model any more."""
+
+    ref: ModelRef
+
+
+class KeepPeer(_Fact, frozen=True):
+    """A peer worth remembering across restarts."""
+
+    record: PeerRecord
+
+
+class Penalise(_Fact, frozen=True):
+    """Count a refusal. `peer` is empty where none was proved."""
+
+    peer: PeerId
+    reason: Reason
+    detail: Detail = ""
+
+
+class Emit(_Fact, frozen=True):
+    """A record for the operator: one JSON line."""
+
+    record: "Record"
+
+
+class Halt(_Fact, frozen=True):
+    """The core is done; the shell may close everything."""
+
+
+Effect = (
+    Dial
+    | Disconnect
+    | Send
+    | SetTimer
+    | Fetch
+    | Train
+    | Aggregate
+    | Evaluate
+    | Keep
+    | Forget
+    | KeepPeer
+    | Penalise
+    | Emit
+    | Halt
+)
+
+
+# --- records --------------------------------------------------------------------------------------------
+class Phase(StrEnum):
+    """Where in its round a learning node stands."""
+
+    WAITING = "waiting"
+    TRAINING = "training"
+    COLLECTING = "collecting"
+    MERGING = "merging"
+    EVALUATING = "evaluating"
+    PAUSING = "pausing"
+    DONE = "done"
+
+
+class RoundDone(_Fact, frozen=True):
+    """One learning round ended."""
+
+    round: int
+    num_merged: int
+    """Received models that went into the merge."""
+    staleness_max: int
+    metrics: Mapping[str, float]
+    duration_s: float
+
+
+class LinkChanged(_Fact, frozen=True):
+    peer: PeerId
+    up: bool
+    reason: str
+    num_live: int
+
+
+class Trouble(_Fact, frozen=True):
+    """Something failed here that an operator should know of."""
+
+    what: str
+    detail: str
+
+
+class LearningDone(_Fact, frozen=True):
+    """All configured rounds are finished; the node goes on serving."""
+
+    round: int
+
+
+Record = RoundDone | LinkChanged | Trouble | LearningDone

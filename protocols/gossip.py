@@ -1,0 +1,310 @@
+"""Model gossip: one node's learning round as a transition table.
+
+train -> offer -> collect until a quorum or a deadline -> merge -> evaluate -> (pause) -> train ...
+
+Nodes keep their own round counters; how far a received model lags is data (`staleness`), never a reason to
+wait. Source of the round: papers.md 1.2 (train, send to all neighbours, merge what the buffer holds).
+"""
+
+from collections.abc import Callable, Mapping
+from math import ceil
+from typing import Annotated
+
+from msgspec import Meta, Struct
+
+from protocols.events import (
+    Aggregate,
+    Aggregated,
+    Effect,
+    Emit,
+    Evaluate,
+    Evaluated,
+    Event,
+    Input,
+    Keep,
+    LearningDone,
+    ModelArrived,
+    Notice,
+    PeerDown,
+    PeerUp,
+    Phase,
+    Received,
+    RoundDone,
+    SetTimer,
+    Started,
+    StopRequested,
+    Timer,
+    TimerFired,
+    Train,
+    Trained,
+    Trouble,
+    WorkFailed,
+)
+from protocols.exchange import Exchange
+from protocols.view import View
+from protocols.vocabulary import MAX_ROUND, ModelRef, PeerId
+
+
+class GossipSettings(Struct, frozen=True, forbid_unknown_fields=True):
+    """How a gossip round runs. Times in seconds."""
+
+    rounds: Annotated[int, Meta(ge=0)] = 0
+    """Rounds after which the node stops training and only serves; 0 means for ever."""
+    quorum: Annotated[float, Meta(ge=0, le=1)] = 0.5
+    """Share of the learning neighbours whose model a merge waits for. 1 mixes best and is as slow as the slowest."""
+    deadline_s: Annotated[float, Meta(gt=0, le=86400)] = 30.0
+    """Longest wait for the quorum. Choose a few times a neighbour's training time."""
+    pause_s: Annotated[float, Meta(ge=0, le=86400)] = 1.0
+    """Least time from one round's start to the next: what keeps a tiny model from spinning."""
+    evaluate_every: Annotated[int, Meta(ge=1)] = 1
+    keep_every: Annotated[int, Meta(ge=1)] = 1
+    """Rounds between checkpoints; a crash loses at most this many."""
+    wait_for_peers: Annotated[int, Meta(ge=0, le=64)] = 0
+    """Learning neighbours to have before the very first round begins; after a restart nobody waits."""
+    wait_at_most_s: Annotated[float, Meta(gt=0, le=86400)] = 60.0
+    """The first round begins after this long in any case."""
+
+
+Output = Effect | Notice
+
+
+class Gossip:
+    """The gossip rounds of one node."""
+
+    def __init__(self, settings: GossipSettings, view: View, exchange: Exchange) -> None:
+        self._settings = settings
+        self._view = view
+        self._exchange = exchange
+        self._token = 0
+        self._own: ModelRef | None = None
+        self._trained: ModelRef | None = None
+        self._inbox: dict[PeerId, ModelRef] = {}
+        self._merging: tuple[Input, ...] = ()
+        self._round_began_at = 0.0
+        self.phase = Phase.WAITING
+        self.round = 0
+
+    @property
+    def own(self) -> ModelRef | None:
+        """The node's current model."""
+        return self._own
+
+    def step(self, now: float, event: Event | Notice) -> list[Output]:
+        """What the event means for the round: buffered first, then looked up in the table of this phase."""
+        if isinstance(event, ModelArrived):
+            out = self._receive(event.peer, event.ref)
+        elif self._is_stale(event):
+            return []
+        else:
+            out = []
+        if isinstance(event, StopRequested):
+            return [Keep(self._own)] if self._own else []
+        handler = _TABLE.get((self.phase, type(event)))
+        return out + handler(self, now, event) if handler else out
+
+    def _is_stale(self, event: Event | Notice) -> bool:
+        match event:
+            case TimerFired(Timer(owner, _, token)):
+                return owner != "learning" or token != self._token or self._own is None
+            case Trained(token) | Aggregated(token) | Evaluated(token) | WorkFailed(token):
+                return token != self._token
+            case _:
+                return False
+
+    # --- waiting for company ----------------------------------------------------------------------------
+    def _start(self, now: float, event: Event | Notice) -> list[Output]:
+        assert isinstance(event, Started)
+        if event.ref is None or self._own is not None:
+            return []
+        self._own = event.ref
+        self.round = self._view.round = event.ref.round
+        self._exchange.hold(event.ref)
+        if self._finished():
+            return self._stop_learning()
+        if self.round or not self._settings.wait_for_peers:
+            return self._begin(now, event)
+        return [self._timer("company", self._settings.wait_at_most_s)]
+
+    def _begin_in_company(self, now: float, event: Event | Notice) -> list[Output]:
+        if self._own is None or len(self._view.live_learners()) < self._settings.wait_for_peers:
+            return []
+        return self._begin(now, event)
+
+    # --- train ------------------------------------------------------------------------------------------
+    def _begin(self, now: float, event: Event | Notice) -> list[Output]:
+        assert self._own is not None
+        self._round_began_at = now
+        self.phase = Phase.TRAINING
+        return [Train(self._new_token(), self._own, self.round)]
+
+    def _offer_and_collect(self, now: float, event: Event | Notice) -> list[Output]:
+        assert isinstance(event, Trained)
+        self._trained = event.ref
+        self._exchange.hold(event.ref)
+        self.phase = Phase.COLLECTING
+        out = self._exchange.offer(event.ref)
+        return [*out, self._timer("deadline", self._settings.deadline_s), *self._merge_if_enough(now, event)]
+
+    # --- collect ----------------------------------------------------------------------------------------
+    def _receive(self, peer: PeerId, ref: ModelRef) -> list[Output]:
+        """Keep the newest model of each peer; `ModelArrived` handed us its hold."""
+        older = self._inbox.pop(peer, None)
+        self._inbox[peer] = ref
+        out = self._exchange.release(older) if older else []
+        # Peers come and go; the inbox may not grow with everyone who ever passed by.
+        while len(self._inbox) > max(8, 2 * self._view.num_live()):
+            out += self._exchange.release(self._inbox.pop(next(iter(self._inbox))))
+        return out
+
+    def _merge_if_enough(self, now: float, event: Event | Notice) -> list[Output]:
+        if len(self._inbox) < ceil(self._settings.quorum * len(self._view.live_learners())):
+            return []
+        return self._merge(now, event)
+
+    # --- merge ------------------------------------------------------------------------------------------
+    def _merge(self, now: float, event: Event | Notice) -> list[Output]:
+        assert self._trained is not None
+        self._merging = tuple(
+            Input(peer, ref, max(0, self.round - ref.round)) for peer, ref in sorted(self._inbox.items())
+        )
+        self._inbox.clear()
+        if not self._merging:
+            return self._adopt(now, self._trained)
+        self.phase = Phase.MERGING
+        return [Aggregate(self._new_token(), self._trained, self._merging)]
+
+    def _adopt_merged(self, now: float, event: Event | Notice) -> list[Output]:
+        assert isinstance(event, Aggregated)
+        assert self._trained is not None
+        self._exchange.hold(event.ref)
+        out = self._exchange.release(self._trained)
+        return out + self._adopt(now, event.ref)
+
+    def _adopt(self, now: float, ref: ModelRef) -> list[Output]:
+        """The round's result becomes the node's model. Its hold moves along with it."""
+        assert self._own is not None
+        out = self._exchange.release(self._own)
+        for item in self._merging:
+            out += self._exchange.release(item.ref)
+        self._own, self._trained = ref, None
+        self.phase = Phase.EVALUATING
+        if (self.round + 1) % self._settings.evaluate_every:
+            return [*out, *self._end_round(now, {})]
+        return [*out, Evaluate(self._new_token(), ref)]
+
+    # --- evaluate and go on -----------------------------------------------------------------------------
+    def _evaluated(self, now: float, event: Event | Notice) -> list[Output]:
+        assert isinstance(event, Evaluated)
+        return self._end_round(now, event.metrics)
+
+    def _end_round(self, now: float, metrics: Mapping[str, float]) -> list[Output]:
+        assert self._own is not None
+        ended, self.round = self.round, self._next_round()
+        # The digest stays; the reference says which round the model begins.
+        self._own = ModelRef(self._own.digest, self._own.size_bytes, self.round, self._own.num_samples)
+        self._view.round = self.round
+        record = RoundDone(
+            round=ended,
+            num_merged=len(self._merging),
+            staleness_max=max((item.staleness for item in self._merging), default=0),
+            metrics=metrics,
+            duration_s=now - self._round_began_at,
+        )
+        self._merging = ()
+        out: list[Output] = [Emit(record)]
+        if self._finished():
+            return [*out, Keep(self._own), *self._stop_learning()]
+        if self.round // self._settings.keep_every > ended // self._settings.keep_every:
+            out.append(Keep(self._own))
+        rest = self._settings.pause_s - (now - self._round_began_at)
+        if rest <= 0:
+            return [*out, *self._begin(now, _NOTHING)]
+        self.phase = Phase.PAUSING
+        return [*out, self._timer("pause", rest)]
+
+    def _next_round(self) -> int:
+        """One on, or up to where the neighbours are: a node back from an absence does not lag for ever.
+
+        The lower median of the merged models' rounds cannot be moved by a minority of liars.
+        """
+        rounds = sorted(item.ref.round for item in self._merging)
+        median = rounds[(len(rounds) - 1) // 2] if rounds else 0
+        return min(max(self.round, median) + 1, MAX_ROUND)
+
+    def _finished(self) -> bool:
+        return 0 < self._settings.rounds <= self.round
+
+    def _stop_learning(self) -> list[Output]:
+        assert self._own is not None
+        self.phase = Phase.DONE
+        self._exchange.open = False
+        self._view.round, self._view.active = self.round, False
+        out: list[Output] = [Emit(LearningDone(round=self.round)), *self._view.heartbeat()]
+        for ref in self._inbox.values():
+            out += self._exchange.release(ref)
+        self._inbox.clear()
+        # Whoever links up later, a node back from a crash above all, is offered the final model.
+        return out + self._exchange.present(self._own)
+
+    def _receive_when_done(self, now: float, event: Event | Notice) -> list[Output]:
+        """A fetch that was under way when the last round ended."""
+        assert isinstance(event, ModelArrived)
+        ref = self._inbox.pop(event.peer, None)
+        return self._exchange.release(ref) if ref else []
+
+    # --- when work fails --------------------------------------------------------------------------------
+    def _training_failed(self, now: float, event: Event | Notice) -> list[Output]:
+        self.phase = Phase.PAUSING
+        return [_trouble("training", event), self._timer("pause", max(self._settings.pause_s, _RETRY_S))]
+
+    def _merging_failed(self, now: float, event: Event | Notice) -> list[Output]:
+        assert self._trained is not None
+        out = [_trouble("merging", event)]
+        for item in self._merging:
+            out += self._exchange.release(item.ref)
+        self._merging = ()
+        return [*out, *self._adopt(now, self._trained)]
+
+    def _evaluating_failed(self, now: float, event: Event | Notice) -> list[Output]:
+        return [_trouble("evaluating", event), *self._end_round(now, {})]
+
+    # --- tokens -----------------------------------------------------------------------------------------
+    def _new_token(self) -> int:
+        """Only one thing is awaited at a time, so one counter marks every older answer as stale."""
+        self._token += 1
+        return self._token
+
+    def _timer(self, name: str, after_s: float) -> Output:
+        return SetTimer(Timer("learning", name, self._new_token()), after_s)
+
+
+_RETRY_S = 5.0
+_NOTHING = StopRequested()
+
+
+def _trouble(what: str, event: Event | Notice) -> Output:
+    assert isinstance(event, WorkFailed)
+    return Emit(Trouble(what=what, detail=event.detail))
+
+
+_Handler = Callable[[Gossip, float, Event | Notice], list[Output]]
+
+_TABLE: dict[tuple[Phase, type], _Handler] = {
+    (Phase.WAITING, Started): Gossip._start,
+    (Phase.WAITING, PeerUp): Gossip._begin_in_company,
+    (Phase.WAITING, TimerFired): Gossip._begin,
+    (Phase.TRAINING, Trained): Gossip._offer_and_collect,
+    (Phase.TRAINING, WorkFailed): Gossip._training_failed,
+    (Phase.COLLECTING, ModelArrived): Gossip._merge_if_enough,
+    (Phase.COLLECTING, PeerDown): Gossip._merge_if_enough,
+    (Phase.COLLECTING, Received): Gossip._merge_if_enough,
+    (Phase.COLLECTING, TimerFired): Gossip._merge,
+    (Phase.MERGING, Aggregated): Gossip._adopt_merged,
+    (Phase.MERGING, WorkFailed): Gossip._merging_failed,
+    (Phase.EVALUATING, Evaluated): Gossip._evaluated,
+    (Phase.EVALUATING, WorkFailed): Gossip._evaluating_failed,
+    (Phase.PAUSING, TimerFired): Gossip._begin,
+    (Phase.DONE, ModelArrived): Gossip._receive_when_done,
+}
+"""The whole round: in this phase, on this event. What is not listed changes nothing (a model that arrives is
+buffered in any phase)."""

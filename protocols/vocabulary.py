@@ -1,0 +1,120 @@
+"""The words every part of covey shares, and the hard limits on what a peer may make us hold.
+
+Belongs here: names of things that travel, their bounds, and nothing that acts.
+"""
+
+from enum import StrEnum
+from typing import Annotated, NewType
+
+from msgspec import Meta, Struct
+
+PROTOCOL_VERSION = 1
+
+# --- limits (bytes, counts) -----------------------------------------------------------------------------
+MAX_FRAME_BYTES = 64 * 1024
+"""A control frame's body. The largest legal one, a full `Peers`, stays under 40 KiB."""
+CHUNK_BYTES = 1024 * 1024
+"""Weights travel and are hashed in chunks of this size (py-libp2p is fastest with large writes)."""
+MAX_MODEL_BYTES = 8 * 1024**3
+MAX_CHUNKS = MAX_MODEL_BYTES // CHUNK_BYTES
+MAX_FETCH_HEADER_BYTES = 512 * 1024
+"""A fetch header carries 32 bytes a chunk: 8 GiB of model make 256 KiB of header."""
+MAX_ADDRESSES = 8
+MAX_PEERS_PER_MESSAGE = 16
+MAX_ROUND = 2**48
+MAX_SAMPLES = 2**40
+DIGEST_BYTES = 32
+
+PeerId = NewType("PeerId", str)
+"""A libp2p peer id in base58, derived from the peer's Ed25519 key."""
+Digest = NewType("Digest", bytes)
+"""SHA-256 over a blob's size and its chunks' SHA-256 (see `protocols/README.md`)."""
+SchemaHash = NewType("SchemaHash", bytes)
+"""SHA-256 over a task's name and its parameters' names, shapes and dtypes."""
+
+_PRINTABLE = r"^[!-~]+\Z"
+"""ASCII without blanks: a character is one byte, and none of them moves the operator's cursor."""
+
+Address = Annotated[str, Meta(min_length=1, max_length=256, pattern=_PRINTABLE)]
+"""A multiaddr that ends in `/p2p/<peer id>`."""
+Round = Annotated[int, Meta(ge=0, le=MAX_ROUND)]
+Name = Annotated[str, Meta(min_length=1, max_length=64)]
+Detail = Annotated[str, Meta(max_length=240)]
+"""A sentence for the operator on the other side."""
+WirePeerId = Annotated[str, Meta(min_length=1, max_length=128, pattern=_PRINTABLE)]
+WireDigest = Annotated[bytes, Meta(min_length=DIGEST_BYTES, max_length=DIGEST_BYTES)]
+
+
+class Reason(StrEnum):
+    """Why something was refused, closed or given up. The label of every refusal counter."""
+
+    # the handshake
+    VERSION = "version"
+    NETWORK = "network"
+    PROTOCOL = "protocol"
+    TASK = "task"
+    SCHEMA = "schema"
+    FULL = "full"
+    GREETING = "greeting"  # no hello, a second hello, or something before it
+    SECURITY = "security"  # the secure channel could not be made: a plaintext dial ends here
+    # bytes
+    OVERSIZED = "oversized_frame"
+    TRUNCATED = "truncated_frame"
+    MALFORMED = "malformed_frame"
+    # weights
+    TOO_LARGE = "too_large"
+    WRONG_SIZE = "wrong_size"
+    WRONG_HASH = "wrong_hash"
+    WRONG_FORMAT = "wrong_format"
+    WRONG_SHAPE = "wrong_shape"
+    NON_FINITE = "non_finite"
+    # no one's fault
+    BUSY = "busy"
+    GONE = "gone"
+    IDLE = "idle"  # the other side is not learning now
+    TIMEOUT = "timeout"
+    SILENT = "silent"
+    LINK = "link"
+    UNREACHABLE = "unreachable"
+    DUPLICATE = "duplicate"
+    LEAVING = "leaving"
+
+
+HOSTILE = frozenset(
+    {
+        Reason.GREETING,
+        Reason.SECURITY,
+        Reason.OVERSIZED,
+        Reason.TRUNCATED,
+        Reason.MALFORMED,
+        Reason.TOO_LARGE,
+        Reason.WRONG_SIZE,
+        Reason.WRONG_HASH,
+        Reason.WRONG_FORMAT,
+        Reason.WRONG_SHAPE,
+        Reason.NON_FINITE,
+    }
+)
+"""Reasons that a correct peer never gives: they are counted as refusals, and never retried."""
+
+
+class ModelRef(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """What the core knows of a model: never a tensor."""
+
+    digest: WireDigest
+    size_bytes: Annotated[int, Meta(ge=1, le=MAX_MODEL_BYTES)]
+    round: Round
+    num_samples: Annotated[int, Meta(ge=1, le=MAX_SAMPLES)]
+
+
+class PeerRecord(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Where a peer says it can be dialled."""
+
+    peer: WirePeerId
+    addresses: Annotated[tuple[Address, ...], Meta(max_length=MAX_ADDRESSES)]
+
+
+def peer_of(address: str) -> PeerId | None:
+    """The peer id at the end of a multiaddr, or None where it names none."""
+    _, marker, peer = address.rpartition("/p2p/")
+    return PeerId(peer) if marker and peer and "/" not in peer else None

@@ -1,0 +1,419 @@
+"""Bytes and messages: what is legal survives the trip, everything else is a `PeerError` and costs little."""
+
+import msgpack
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from protocols.codec import FrameDecoder, encode, fetch_decoder, link_decoder
+from protocols.errors import PeerError
+from protocols.messages import (
+    AskPeers,
+    Bye,
+    Decline,
+    FetchHeader,
+    FetchMessage,
+    FetchRefused,
+    FetchRequest,
+    Heartbeat,
+    Hello,
+    LinkMessage,
+    Message,
+    Offer,
+    Peers,
+    Refuse,
+)
+from protocols.vocabulary import (
+    MAX_ADDRESSES,
+    MAX_CHUNKS,
+    MAX_FETCH_HEADER_BYTES,
+    MAX_FRAME_BYTES,
+    MAX_MODEL_BYTES,
+    MAX_PEERS_PER_MESSAGE,
+    MAX_ROUND,
+    MAX_SAMPLES,
+    ModelRef,
+    PeerRecord,
+    Reason,
+)
+
+law = settings(derandomize=True, deadline=None, max_examples=100)
+D1, D2 = bytes(range(32)), b"\xff" * 32
+
+# One of each message: the struct, the array on the wire, the whole frame.
+GOLDEN: list[tuple[Message, list[object], str]] = [
+    (
+        Hello(1, "net", "gossip", "digits", D1, ("/ip4/127.0.0.1/tcp/4001/p2p/A",)),
+        ["hello", 1, "net", "gossip", "digits", D1, ["/ip4/127.0.0.1/tcp/4001/p2p/A"]],
+        (
+            "0000005c0197a568656c6c6f01a36e6574a6676f73736970a6646967697473c420000102030405060708090a0b0c0d0e"
+            "0f101112131415161718191a1b1c1d1e1f91bd2f6970342f3132372e302e302e312f7463702f343030312f7032702f41"
+        ),
+    ),
+    (
+        Refuse(Reason.FULL, "no room"),
+        ["refuse", "full", "no room"],
+        "000000160193a6726566757365a466756c6ca76e6f20726f6f6d",
+    ),
+    (Heartbeat(300, True), ["beat", 300, True], "0000000b0193a462656174cd012cc3"),
+    (AskPeers(), ["ask"], "000000060191a361736b"),
+    (
+        Peers((PeerRecord("B", ("/ip4/1.2.3.4/tcp/1/p2p/B",)), PeerRecord("C", ()))),
+        ["peers", [["B", ["/ip4/1.2.3.4/tcp/1/p2p/B"]], ["C", []]]],
+        "0000002a0192a570656572739292a14291b82f6970342f312e322e332e342f7463702f312f7032702f4292a14390",
+    ),
+    (
+        Offer(ModelRef(D2, 70_000, 7, 1_000)),
+        ["offer", [D2, 70_000, 7, 1_000]],
+        (
+            "000000340192a56f6666657294c420ffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffce"
+            "0001117007cd03e8"
+        ),
+    ),
+    (
+        Decline(D1, Reason.TOO_LARGE),
+        ["decline", D1, "too_large"],
+        (
+            "000000360193a76465636c696e65c420000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f"
+            "a9746f6f5f6c61726765"
+        ),
+    ),
+    (Bye(), ["bye"], "000000060191a3627965"),
+    (
+        FetchRequest(D2, 3),
+        ["fetch", D2, 3],
+        "0000002b0193a56665746368c420ffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff03",
+    ),
+    (
+        FetchHeader(1_048_577, (D1, D2)),
+        ["header", 1_048_577, [D1, D2]],
+        (
+            "000000530193a6686561646572ce0010000192c420000102030405060708090a0b0c0d0e0f101112131415161718191a"
+            "1b1c1d1e1fc420ffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff"
+        ),
+    ),
+    (FetchRefused(Reason.GONE), ["refused", "gone"], "0000000f0192a772656675736564a4676f6e65"),
+]
+
+
+def decoder_for(message: Message) -> FrameDecoder:
+    return link_decoder() if isinstance(message, LinkMessage) else fetch_decoder()
+
+
+def frame(body: bytes, version: int = 1) -> bytes:
+    return (len(body) + 1).to_bytes(4, "big") + bytes([version]) + body
+
+
+def array(*items: object) -> bytes:
+    return frame(msgpack.packb(list(items)))
+
+
+def refusal(data: bytes, decoder: FrameDecoder | None = None) -> Reason:
+    """Why these bytes were refused, fed at once and then ended."""
+    decoder = decoder or link_decoder()
+    with pytest.raises(PeerError) as caught:  # noqa: PT012 - either may refuse
+        list(decoder.feed(data))
+        decoder.finish()
+    assert len(caught.value.detail) <= 240
+    return caught.value.reason
+
+
+# --- strategies -----------------------------------------------------------------------------------------
+printable = st.characters(min_codepoint=33, max_codepoint=126)
+addresses = st.lists(st.text(printable, min_size=1, max_size=256), max_size=MAX_ADDRESSES).map(tuple)
+names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=64)
+details = st.text(st.characters(exclude_categories=["Cs"]), max_size=240)
+digests = st.binary(min_size=32, max_size=32)
+rounds = st.integers(0, MAX_ROUND)
+reasons = st.sampled_from(Reason)
+refs = st.builds(ModelRef, digests, st.integers(1, MAX_MODEL_BYTES), rounds, st.integers(1, MAX_SAMPLES))
+records = st.builds(PeerRecord, st.text(printable, min_size=1, max_size=128), addresses)
+link_messages = st.one_of(
+    st.builds(Hello, st.integers(0, 2**16), names, names, names, digests, addresses),
+    st.builds(Refuse, reasons, details),
+    st.builds(Heartbeat, rounds, st.booleans()),
+    st.builds(AskPeers),
+    st.builds(Peers, st.lists(records, max_size=MAX_PEERS_PER_MESSAGE).map(tuple)),
+    st.builds(Offer, refs),
+    st.builds(Decline, digests, reasons),
+    st.builds(Bye),
+)
+fetch_messages = st.one_of(
+    st.builds(FetchRequest, digests, st.integers(0, MAX_CHUNKS)),
+    st.builds(
+        FetchHeader,
+        st.integers(1, MAX_MODEL_BYTES),
+        st.lists(digests, min_size=1, max_size=9).map(tuple),
+    ),
+    st.builds(FetchRefused, reasons),
+)
+
+
+# --- what is legal --------------------------------------------------------------------------------------
+@law
+@given(link_messages | fetch_messages)
+def test_every_legal_message_survives_the_trip(message: Message) -> None:
+    decoder = decoder_for(message)
+    assert list(decoder.feed(encode(message))) == [message]
+    decoder.finish()
+
+
+@pytest.mark.parametrize(("message", "items", "golden"), GOLDEN, ids=lambda value: type(value).__name__)
+def test_the_bytes_of_each_message_never_change(message: Message, items: list[object], golden: str) -> None:
+    data = encode(message)
+    assert data.hex() == golden
+    assert list(decoder_for(message).feed(bytes.fromhex(golden))) == [message]
+    assert int.from_bytes(data[:4], "big") == len(data) - 4
+    assert data[4] == 1
+    assert msgpack.unpackb(data[5:]) == items, "another implementation reads the same array, tag first"
+    assert msgpack.packb(items) == data[5:], "and would write the same bytes"
+
+
+def test_golden_vectors_cover_every_message() -> None:
+    assert {type(message) for message, _, _ in GOLDEN} == {
+        *LinkMessage.__args__,
+        *FetchMessage.__args__,
+    }
+
+
+def test_a_stream_cut_anywhere_gives_the_same_messages() -> None:
+    messages = [message for message, _, _ in GOLDEN if isinstance(message, LinkMessage)]
+    data = b"".join(map(encode, messages))
+    for cut in range(len(data) + 1):
+        decoder = link_decoder()
+        assert [*decoder.feed(data[:cut]), *decoder.feed(data[cut:])] == messages
+        decoder.finish()
+
+
+def test_bytes_that_drip_in_one_by_one_give_the_same_messages() -> None:
+    messages = [message for message, _, _ in GOLDEN if isinstance(message, FetchMessage)]
+    decoder = fetch_decoder()
+    data = b"".join(map(encode, messages))
+    assert [message for byte in data for message in decoder.feed(bytes([byte]))] == messages
+    decoder.finish()
+
+
+def test_many_frames_in_one_read_come_out_in_order() -> None:
+    beats = [Heartbeat(round_, True) for round_ in range(500)]
+    assert list(link_decoder().feed(b"".join(map(encode, beats)))) == beats
+
+
+def test_raw_bytes_after_a_frame_are_given_back() -> None:
+    decoder = fetch_decoder()
+    assert next(iter(decoder.feed(encode(FetchRefused(Reason.BUSY)) + b"chunk"))) == FetchRefused(Reason.BUSY)
+    assert decoder.take_rest() == b"chunk"
+    decoder.finish()
+
+
+def test_the_largest_legal_frames_fit_their_limits() -> None:
+    address, peer, name = "a" * 256, "p" * 128, "\U0001f986" * 64
+    records_ = (PeerRecord(peer, (address,) * MAX_ADDRESSES),) * MAX_PEERS_PER_MESSAGE
+    largest_ref = ModelRef(D2, MAX_MODEL_BYTES, MAX_ROUND, MAX_SAMPLES)
+    longest_reason = max(Reason, key=len)
+    full: list[Message] = [
+        Hello(2**16, name, name, name, D2, (address,) * MAX_ADDRESSES),
+        Refuse(longest_reason, "\U0001f986" * 240),
+        Heartbeat(MAX_ROUND, True),
+        Peers(records_),
+        Offer(largest_ref),
+        Decline(D2, longest_reason),
+    ]
+    for message in full:
+        assert len(encode(message)) - 4 <= MAX_FRAME_BYTES
+        assert list(link_decoder().feed(encode(message))) == [message]
+    assert len(encode(Peers(records_))) < 40 * 1024, "as vocabulary.py says"
+    header = FetchHeader(MAX_MODEL_BYTES, (D2,) * MAX_CHUNKS)
+    assert len(encode(header)) - 4 <= MAX_FETCH_HEADER_BYTES
+    assert list(fetch_decoder().feed(encode(header))) == [header]
+
+
+# --- what is not ----------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("decoder", "limit"), [(link_decoder, MAX_FRAME_BYTES), (fetch_decoder, MAX_FETCH_HEADER_BYTES)]
+)
+def test_an_oversized_length_is_refused_before_its_body_comes(decoder, limit: int) -> None:
+    assert refusal((limit + 1).to_bytes(4, "big"), decoder()) is Reason.OVERSIZED
+    assert refusal(b"\xff\xff\xff\xff", decoder()) is Reason.OVERSIZED
+    assert list(decoder().feed(limit.to_bytes(4, "big"))) == []
+
+
+@pytest.mark.parametrize("length", [0, 1])
+def test_a_frame_too_short_to_hold_a_message_is_malformed(length: int) -> None:
+    assert refusal(length.to_bytes(4, "big")) is Reason.MALFORMED
+
+
+def test_a_stream_that_ends_inside_a_frame_is_truncated() -> None:
+    data = encode(Heartbeat(1, True))
+    for cut in range(1, len(data)):
+        assert refusal(data[:cut]) is Reason.TRUNCATED
+    assert refusal(data + data[:1]) is Reason.TRUNCATED
+
+
+def test_another_wire_version_is_said_to_be_one() -> None:
+    for version in (0, 2, 255):
+        assert refusal(frame(msgpack.packb(["bye"]), version)) is Reason.VERSION
+
+
+WRONG = {
+    "an unknown tag": array("gradient", 1),
+    "a tag of the other stream": array("fetch", D1, 0),
+    "a number for a tag": array(1),
+    "no tag": array(),
+    "a map": frame(msgpack.packb({"type": "bye"})),
+    "nil": frame(b"\xc0"),
+    "an extra field": array("bye", 1),
+    "an extra field inside": array("offer", [D1, 1, 1, 1, 1]),
+    "a missing field": array("beat", 1),
+    "a missing field inside": array("offer", [D1, 1, 1]),
+    "text for a number": array("beat", "1", True),
+    "a float for a number": array("beat", 1.0, True),
+    "a boolean for a number": array("beat", True, True),
+    "a number for a boolean": array("beat", 1, 1),
+    "bytes for text": array("refuse", "full", b"x"),
+    "text for bytes": array("decline", "x" * 32, "busy"),
+    "a negative round": array("beat", -1, True),
+    "a round beyond the limit": array("beat", MAX_ROUND + 1, True),
+    "a round of 2**60": array("beat", 2**60, True),
+    "a round beyond 64 bits": frame(b"\x93\xa4beat\xcf" + b"\xff" * 8 + b"\xc3"),
+    "a digest of 31 bytes": array("decline", bytes(31), "busy"),
+    "a digest of 33 bytes": array("decline", bytes(33), "busy"),
+    "an unknown reason": array("refuse", "mood", ""),
+    "a detail of 241 characters": array("refuse", "full", "x" * 241),
+    "an address of 300 characters": array("peers", [["A", ["x" * 300]]]),
+    "an empty address": array("peers", [["A", [""]]]),
+    "an address with an escape sequence": array("peers", [["A", ["/ip4/\x1b[2J"]]]),
+    "an address beyond ASCII": array("peers", [["A", ["/dns4/ü"]]]),
+    "an address with a line's end": array("peers", [["A", ["/ip4\n"]]]),
+    "nine addresses": array("peers", [["A", ["x"] * 9]]),
+    "an empty peer id": array("peers", [["", []]]),
+    "a peer id of 129 characters": array("peers", [["A" * 129, []]]),
+    "17 peers": array("peers", [["A", []]] * 17),
+    "an empty name": array("hello", 1, "", "gossip", "digits", D1, []),
+    "a name of 65 characters": array("hello", 1, "n" * 65, "gossip", "digits", D1, []),
+    "a negative version": array("hello", -1, "n", "gossip", "digits", D1, []),
+    "a model of no bytes": array("offer", [D1, 0, 1, 1]),
+    "a model beyond the limit": array("offer", [D1, MAX_MODEL_BYTES + 1, 1, 1]),
+    "a model of no samples": array("offer", [D1, 1, 1, 0]),
+    "a model of too many samples": array("offer", [D1, 1, 1, MAX_SAMPLES + 1]),
+    "trailing bytes": frame(msgpack.packb(["bye"]) + b"\x00"),
+    "two bodies in one frame": frame(msgpack.packb(["bye"]) * 2),
+    "half a body": frame(msgpack.packb(["beat", 1, True])[:-1]),
+    "text that is no UTF-8": frame(b"\x93\xa6refuse\xa4full\xa1\xff"),
+    "a tag that is no UTF-8": frame(b"\x91\xa1\xff"),
+    "a byte that MessagePack never uses": frame(b"\xc1"),
+    "an array of 4 billion": frame(b"\xdd\xff\xff\xff\xff\xa5peers"),
+    "records said to be 4 billion": frame(b"\x92\xa5peers\xdd\xff\xff\xff\xff"),
+    "text said to be 4 GiB": frame(b"\x93\xa6refuse\xdb\xff\xff\xff\xffx"),
+    "60000 arrays in each other": frame(b"\x91" * 60_000),
+    "60000 arrays in a field": frame(b"\x93\xa4beat" + b"\x91" * 60_000 + b"\xc3"),
+    "60000 maps in each other": frame(b"\x92\xa5peers" + b"\x81\xa0" * 30_000),
+}
+
+
+@pytest.mark.parametrize("data", WRONG.values(), ids=WRONG)
+def test_what_does_not_fit_is_malformed(data: bytes) -> None:
+    assert refusal(data) is Reason.MALFORMED
+
+
+WRONG_ON_A_FETCH_STREAM = {
+    "a link message": encode(Bye()),
+    "a first chunk below zero": array("fetch", D1, -1),
+    "a first chunk beyond the limit": array("fetch", D1, MAX_CHUNKS + 1),
+    "a header of no bytes": array("header", 0, [D1]),
+    "a header without chunks": array("header", 1, []),
+    "a chunk hash of 31 bytes": array("header", 1, [D1, bytes(31)]),
+    "too many chunks": array("header", 1, [bytes(32)] * (MAX_CHUNKS + 1)),
+}
+
+
+@pytest.mark.parametrize("data", WRONG_ON_A_FETCH_STREAM.values(), ids=WRONG_ON_A_FETCH_STREAM)
+def test_what_does_not_fit_a_fetch_stream_is_malformed(data: bytes) -> None:
+    assert refusal(data, fetch_decoder()) is Reason.MALFORMED
+
+
+def test_good_frames_before_a_bad_one_are_still_given() -> None:
+    given_: list[Message] = []
+    with pytest.raises(PeerError):
+        given_.extend(link_decoder().feed(encode(Bye()) + array("beat", -1, True)))
+    stream = link_decoder().feed(encode(Bye()) + array("beat", -1, True))
+    assert next(stream) == Bye()
+
+
+# --- hostile bytes --------------------------------------------------------------------------------------
+def survives(decoder: FrameDecoder, pieces: list[bytes]) -> None:
+    """Only `PeerError`, and the buffer stays under one frame and one read."""
+    limit = MAX_FRAME_BYTES if decoder._max_frame_bytes == MAX_FRAME_BYTES else MAX_FETCH_HEADER_BYTES
+    try:
+        for piece in pieces:
+            for message in decoder.feed(piece):
+                assert list(decoder_for(message).feed(encode(message))) == [message]
+            assert len(decoder._buffer) <= 4 + limit
+        decoder.finish()
+    except PeerError:
+        assert len(decoder._buffer) <= 4 + limit + len(max(pieces, key=len))
+
+
+@settings(law, max_examples=300)
+@given(st.lists(st.binary(max_size=200), max_size=5))
+def test_random_bytes_raise_only_peer_errors(pieces: list[bytes]) -> None:
+    survives(link_decoder(), pieces)
+    survives(fetch_decoder(), pieces)
+
+
+@settings(law, max_examples=300)
+@given(st.binary(min_size=1, max_size=200))
+def test_random_bodies_raise_only_peer_errors(body: bytes) -> None:
+    survives(link_decoder(), [frame(body)])
+    survives(fetch_decoder(), [frame(body)])
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text() | st.binary(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=8,
+)
+tags = st.sampled_from([items[0] for _, items, _ in GOLDEN])
+
+
+@settings(law, max_examples=300)
+@given(tags, st.lists(anything, max_size=7))
+def test_random_fields_under_a_known_tag_raise_only_peer_errors(tag: str, fields: list[object]) -> None:
+    survives(link_decoder(), [array(tag, *fields)])
+    survives(fetch_decoder(), [array(tag, *fields)])
+
+
+@settings(law, max_examples=300)
+@given(st.sampled_from(GOLDEN), st.data())
+def test_damaged_frames_raise_only_peer_errors(golden: tuple, data: st.DataObject) -> None:
+    damaged = bytearray(encode(golden[0]))
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(damaged) - 1))
+        match data.draw(st.sampled_from(["flip", "drop", "insert", "cut"])):
+            case "flip":
+                damaged[at] ^= data.draw(st.integers(1, 255))
+            case "drop" if len(damaged) > 1:
+                del damaged[at]
+            case "insert":
+                damaged.insert(at, data.draw(st.integers(0, 255)))
+            case "cut":
+                del damaged[at + 1 :]
+    survives(decoder_for(golden[0]), [bytes(damaged)])
+
+
+def test_the_buffer_never_holds_more_than_a_frame_and_a_read() -> None:
+    decoder, read = link_decoder(), 1_000
+    full = encode(Peers((PeerRecord("p" * 128, ("a" * 256,) * 8),) * 16))
+    stream = full * 10
+    largest = 0
+    for start in range(0, len(stream), read):
+        list(decoder.feed(stream[start : start + read]))
+        largest = max(largest, len(decoder._buffer))
+    assert largest <= len(full)
+
+
+def test_our_own_bounds_are_checked_by_the_reader_not_the_writer() -> None:
+    """The writer trusts its own core, so the core has to stay in bounds: the reader will not forgive."""
+    assert refusal(encode(Heartbeat(MAX_ROUND + 1, True))) is Reason.MALFORMED
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.convert(MAX_ROUND + 1, type=ModelRef.__annotations__["round"])

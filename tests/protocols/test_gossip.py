@@ -1,0 +1,563 @@
+"""The gossip round: every line of its table, and what a late, lazy or lying neighbour can do to it."""
+
+import random
+from collections.abc import Iterable
+
+import pytest
+
+from protocols import gossip
+from protocols.events import (
+    Aggregate,
+    Aggregated,
+    Effect,
+    Emit,
+    Evaluate,
+    Evaluated,
+    Event,
+    Fetched,
+    Forget,
+    Input,
+    Keep,
+    LearningDone,
+    LinkUp,
+    ModelArrived,
+    Notice,
+    PeerDown,
+    PeerUp,
+    Phase,
+    Received,
+    RoundDone,
+    Send,
+    SetTimer,
+    Started,
+    StopRequested,
+    Timer,
+    TimerFired,
+    Train,
+    Trained,
+    Trouble,
+    WorkFailed,
+)
+from protocols.exchange import Exchange, ExchangeSettings
+from protocols.gossip import Gossip, GossipSettings
+from protocols.messages import Heartbeat, Hello, Offer
+from protocols.view import View, ViewSettings
+from protocols.vocabulary import MAX_ROUND, ModelRef, PeerId, Reason
+
+A, B, C = PeerId("A"), PeerId("B"), PeerId("C")
+Output = Effect | Notice
+
+
+def hello(learning: str = "gossip") -> Hello:
+    return Hello(1, "net", learning, "task", bytes(32), ())
+
+
+def ref(number: int, round_: int = 0) -> ModelRef:
+    return ModelRef(number.to_bytes(32, "big"), 100, round_, 10)
+
+
+class Rig:
+    """Gossip over a real exchange and view, with the core's way of routing."""
+
+    def __init__(self, *peers: str, **options: object) -> None:
+        options = {"pause_s": 0, **options}
+        self.view = View(ViewSettings(), PeerId("me"), hello(), random.Random(0))
+        self.exchange = Exchange(ExchangeSettings(), self.view, 1_000)
+        self.gossip = Gossip(GossipSettings(**options), self.view, self.exchange)
+        self.now = 0.0
+        for peer in peers:
+            self.link(peer)
+
+    def link(self, peer: str, learning: str = "gossip") -> list[Output]:
+        self.view.step(0, LinkUp(PeerId(peer), True, ""))
+        self.view.step(0, Received(PeerId(peer), hello(learning)))
+        notice = PeerUp(PeerId(peer), hello(learning))
+        return self.exchange.step(0, notice) + self.gossip.step(self.now, notice)
+
+    def step(self, event: Event | Notice) -> list[Output]:
+        return self.gossip.step(self.now, event)
+
+    def arrive(self, peer: str, model: ModelRef) -> list[Output]:
+        self.exchange.hold(model)
+        return self.step(ModelArrived(PeerId(peer), model))
+
+    def beat(self, peer: str, active: bool) -> list[Output]:
+        event = Received(PeerId(peer), Heartbeat(0, active))
+        return self.view.step(self.now, event) + self.step(event)
+
+    @property
+    def token(self) -> int:
+        return self.gossip._token
+
+    def train(self, model: ModelRef) -> list[Output]:
+        return self.step(Trained(self.token, model))
+
+    def deadline(self) -> list[Output]:
+        return self.step(TimerFired(Timer("learning", "deadline", self.token)))
+
+    def picture(self) -> object:
+        item = self.gossip
+        return (
+            (item.phase, item.round, item._token, item._own, item._trained, item._merging),
+            (dict(item._inbox), dict(self.exchange._held), list(self.exchange._offered)),
+            (self.view.round, self.view.active, self.exchange.open),
+        )
+
+
+def of(kind: type, out: Iterable[Output]) -> list:
+    return [item for item in out if isinstance(item, kind)]
+
+
+def record(out: Iterable[Output]) -> RoundDone:
+    (found,) = [item.record for item in of(Emit, out) if isinstance(item.record, RoundDone)]
+    return found
+
+
+OWN = ref(1)
+
+
+def at(phase: Phase, **options: object) -> Rig:
+    """A node with neighbours A and B, and A's model of round 0, brought to `phase` by events."""
+    if phase is Phase.DONE:
+        options["rounds"] = 1
+    if phase is Phase.PAUSING:
+        options["pause_s"] = 10
+    if phase is Phase.WAITING:
+        options["wait_for_peers"] = 3
+    rig = Rig(A, B, **{"quorum": 1, **options})
+    rig.step(Started((), (), OWN))
+    if phase in (Phase.WAITING, Phase.TRAINING):
+        return rig
+    rig.train(ref(2))
+    if phase is Phase.COLLECTING:
+        return rig
+    rig.arrive(A, ref(3))
+    rig.deadline()
+    if phase is Phase.MERGING:
+        return rig
+    rig.step(Aggregated(rig.token, ref(4)))
+    if phase is Phase.EVALUATING:
+        return rig
+    rig.step(Evaluated(rig.token, {}))
+    return rig
+
+
+@pytest.mark.parametrize("phase", Phase)
+def test_every_phase_can_be_reached(phase: Phase) -> None:
+    assert at(phase).gossip.phase is phase
+
+
+# --- the table, line by line ----------------------------------------------------------------------------
+def test_waiting_begins_at_the_start_where_nobody_is_waited_for() -> None:
+    rig = Rig()
+    assert rig.step(Started((), (), OWN)) == [Train(1, OWN, 0)]
+    assert rig.gossip.phase is Phase.TRAINING
+
+
+def test_waiting_begins_once_enough_learners_are_here() -> None:
+    rig = Rig(wait_for_peers=2, wait_at_most_s=60)
+    assert rig.step(Started((), (), OWN)) == [SetTimer(Timer("learning", "company", 1), 60)]
+    assert rig.link(A) == []
+    assert rig.link("helper", learning="none") == []
+    assert rig.link(B) == [Train(2, OWN, 0)]
+
+
+def test_waiting_for_company_has_an_end() -> None:
+    rig = Rig(wait_for_peers=2)
+    rig.step(Started((), (), OWN))
+    assert rig.step(TimerFired(Timer("learning", "company", 1))) == [Train(2, OWN, 0)]
+
+
+def test_a_node_without_a_model_never_begins() -> None:
+    rig = Rig(wait_for_peers=1)
+    assert rig.step(Started((), (), None)) == []
+    assert rig.link(A) == []
+    assert rig.step(TimerFired(Timer("learning", "company", 0))) == []
+    assert rig.gossip.phase is Phase.WAITING
+
+
+def test_a_node_goes_on_where_it_was_and_says_so() -> None:
+    rig = Rig()
+    assert rig.step(Started((), (), ref(1, round_=7))) == [Train(1, ref(1, round_=7), 7)]
+    assert (rig.gossip.round, rig.view.round) == (7, 7)
+
+
+def test_training_ends_in_an_offer_to_all_and_a_deadline() -> None:
+    rig = at(Phase.TRAINING, deadline_s=12)
+    assert rig.train(ref(2)) == [
+        Send(A, Offer(ref(2))),
+        Send(B, Offer(ref(2))),
+        SetTimer(Timer("learning", "deadline", rig.token), 12),
+    ]
+    assert rig.gossip.phase is Phase.COLLECTING
+
+
+def test_collecting_ends_with_the_quorum() -> None:
+    rig = at(Phase.COLLECTING)
+    assert rig.arrive(A, ref(3)) == []
+    assert rig.arrive(A, ref(4)) == [Forget(ref(3))], "two models of one peer are one"
+    out = rig.arrive(B, ref(5))
+    assert out == [Aggregate(rig.token, ref(2), (Input(A, ref(4), 0), Input(B, ref(5), 0)))]
+    assert rig.gossip.phase is Phase.MERGING
+
+
+@pytest.mark.parametrize(("quorum", "num"), [(0, 0), (0.2, 1), (0.5, 2), (0.51, 3), (0.75, 3), (1, 4)])
+def test_the_quorum_is_a_share_of_the_learning_neighbours(quorum: float, num: int) -> None:
+    peers = ("p1", "p2", "p3", "p4")
+    rig = Rig(*peers, quorum=quorum)
+    rig.link("helper", learning="none")
+    rig.step(Started((), (), OWN))
+    out = rig.train(ref(2))
+    for number, peer in enumerate(peers[:num]):
+        assert rig.gossip.phase is Phase.COLLECTING
+        out = rig.arrive(peer, ref(10 + number))
+    assert rig.gossip.phase is (Phase.MERGING if num else Phase.EVALUATING)
+    assert len(of(Aggregate, out)) == (num > 0)
+
+
+def test_models_that_came_during_training_count_at_once() -> None:
+    rig = at(Phase.TRAINING)
+    assert rig.arrive(A, ref(3)) == rig.arrive(B, ref(4)) == []
+    assert of(Aggregate, rig.train(ref(2)))
+
+
+def test_collecting_ends_when_those_missing_leave() -> None:
+    rig = at(Phase.COLLECTING)
+    rig.arrive(A, ref(3))
+    del rig.view._links[B]
+    assert of(Aggregate, rig.step(PeerDown(B, Reason.LINK)))
+
+
+def test_collecting_ends_when_those_missing_have_finished() -> None:
+    rig = at(Phase.COLLECTING)
+    rig.arrive(A, ref(3))
+    assert rig.beat(B, active=True) == []
+    assert of(Aggregate, rig.beat(B, active=False))
+
+
+def test_the_deadline_merges_what_is_there() -> None:
+    rig = at(Phase.COLLECTING)
+    rig.arrive(A, ref(3))
+    assert rig.deadline() == [Aggregate(rig.token, ref(2), (Input(A, ref(3), 0),))]
+
+
+def test_a_deadline_with_nothing_there_goes_on_with_the_own_model() -> None:
+    rig = at(Phase.COLLECTING)
+    assert rig.deadline() == [Forget(OWN), Evaluate(rig.token, ref(2))]
+    assert record(rig.step(Evaluated(rig.token, {}))).num_merged == 0
+    assert rig.gossip.own == ref(2, round_=1)
+
+
+def test_a_node_alone_does_not_wait_for_anybody() -> None:
+    rig = Rig(quorum=1)
+    rig.step(Started((), (), OWN))
+    assert of(Evaluate, rig.train(ref(2)))
+
+
+def test_merging_ends_in_an_evaluation_of_the_merged_model() -> None:
+    rig = at(Phase.MERGING)
+    out = rig.step(Aggregated(rig.token, ref(4)))
+    assert out == [Forget(OWN), Forget(ref(3)), Evaluate(rig.token, ref(4))]
+    assert rig.gossip.own == ref(4)
+
+
+def test_evaluating_ends_the_round() -> None:
+    rig = at(Phase.EVALUATING, pause_s=2)
+    rig.now = 0.5
+    out = rig.step(Evaluated(rig.token, {"accuracy": 0.5}))
+    assert record(out) == RoundDone(
+        round=0, num_merged=1, staleness_max=0, metrics={"accuracy": 0.5}, duration_s=0.5
+    )
+    assert of(Keep, out) == [Keep(ref(4, round_=1))]
+    assert of(SetTimer, out) == [SetTimer(Timer("learning", "pause", rig.token), 1.5)]
+    assert (rig.gossip.phase, rig.gossip.round, rig.view.round) == (Phase.PAUSING, 1, 1)
+
+
+def test_a_round_longer_than_the_pause_is_followed_at_once() -> None:
+    rig = at(Phase.EVALUATING, pause_s=2)
+    rig.now = 2.0
+    out = rig.step(Evaluated(rig.token, {}))
+    assert out[-1] == Train(rig.token, ref(4, round_=1), 1)
+    assert rig.gossip.phase is Phase.TRAINING
+
+
+def test_pausing_ends_in_the_next_round() -> None:
+    rig = at(Phase.PAUSING)
+    assert rig.step(TimerFired(Timer("learning", "pause", rig.token))) == [
+        Train(rig.token, ref(4, round_=1), 1)
+    ]
+
+
+def test_evaluating_and_keeping_may_be_rare() -> None:
+    rig = Rig(evaluate_every=3, keep_every=2)
+    evaluated, kept = [], []
+    out = rig.step(Started((), (), OWN))
+    for round_ in range(12):
+        out = rig.train(ref(10 + round_))
+        if of(Evaluate, out):
+            evaluated.append(round_)
+            out = rig.step(Evaluated(rig.token, {}))
+        kept += [keep.ref.round for keep in of(Keep, out)]
+    assert evaluated == [2, 5, 8, 11]
+    assert kept == [2, 4, 6, 8, 10, 12]
+
+
+def test_a_jump_over_the_round_to_keep_keeps_all_the_same() -> None:
+    rig = at(Phase.MERGING, keep_every=10)
+    rig.gossip._merging = (Input(A, ref(3, round_=11), 0),)
+    rig.step(Aggregated(rig.token, ref(4)))
+    assert of(Keep, rig.step(Evaluated(rig.token, {}))) == [Keep(ref(4, round_=12))]
+
+
+# --- rounds ---------------------------------------------------------------------------------------------
+def merged_round(own: int, *rounds: int) -> int:
+    """The round a node of round `own` enters after merging models of `rounds`."""
+    peers = [f"p{number}" for number in range(len(rounds))]
+    rig = Rig(*peers, quorum=1)
+    rig.step(Started((), (), ref(1, round_=own)))
+    rig.train(ref(2, round_=own))
+    for number, (peer, round_) in enumerate(zip(peers, rounds, strict=True)):
+        rig.arrive(peer, ref(10 + number, round_=round_))
+    rig.step(Aggregated(rig.token, ref(3)))
+    rig.step(Evaluated(rig.token, {}))
+    assert rig.view.round == rig.gossip.own.round == rig.gossip.round
+    return rig.gossip.round
+
+
+@pytest.mark.parametrize(
+    ("own", "rounds", "after"),
+    [
+        (5, (), 6),
+        (5, (5, 5), 6),
+        (5, (2, 3, 4), 6),
+        (5, (9,), 10),
+        (5, (9, 20), 10),
+        (5, (7, 9, 20), 10),
+        (5, (6, 7, 9, 20), 8),
+        (5, (5, 6, 2**40), 7),
+        (5, (2**40, 5, 2**40, 6, 7), 8),
+    ],
+)
+def test_a_round_jumps_to_the_lower_median_of_the_merged(
+    own: int, rounds: tuple[int, ...], after: int
+) -> None:
+    assert merged_round(own, *rounds) == after
+
+
+def test_one_liar_of_three_does_not_move_the_round() -> None:
+    assert merged_round(5, 5, 5, 2**40) == 6
+
+
+def test_no_lie_takes_the_round_out_of_what_can_be_sent() -> None:
+    assert merged_round(5, MAX_ROUND) == MAX_ROUND
+    assert merged_round(MAX_ROUND) == MAX_ROUND
+
+
+def test_staleness_is_counted_in_rounds_and_never_negative() -> None:
+    rig = Rig(A, B, C, quorum=1)
+    rig.step(Started((), (), ref(1, round_=10)))
+    rig.train(ref(2, round_=10))
+    for number, (peer, round_) in enumerate([(C, 12), (A, 7), (B, 10)]):
+        out = rig.arrive(peer, ref(20 + number, round_=round_))
+    assert [(item.peer, item.staleness) for item in of(Aggregate, out)[0].inputs] == [(A, 3), (B, 0), (C, 0)]
+    rig.step(Aggregated(rig.token, ref(4)))
+    assert record(rig.step(Evaluated(rig.token, {}))).staleness_max == 3
+
+
+def test_inputs_come_in_an_order_that_does_not_depend_on_arrival() -> None:
+    for order in ((A, B, C), (C, A, B)):
+        rig = Rig(A, B, C, quorum=1)
+        rig.step(Started((), (), OWN))
+        rig.train(ref(2))
+        for peer in order:
+            out = rig.arrive(peer, ref(ord(peer)))
+        assert [item.peer for item in of(Aggregate, out)[0].inputs] == [A, B, C]
+
+
+# --- the end of learning --------------------------------------------------------------------------------
+def test_the_last_round_ends_learning_and_says_so() -> None:
+    rig = at(Phase.EVALUATING, rounds=1, keep_every=100, pause_s=10)
+    out = rig.step(Evaluated(rig.token, {}))
+    assert out[0] == Emit(record(out))
+    assert out[1:] == [
+        Keep(ref(4, round_=1)),
+        Emit(LearningDone(round=1)),
+        Send(A, Heartbeat(1, False)),
+        Send(B, Heartbeat(1, False)),
+    ]
+    assert rig.gossip.phase is Phase.DONE
+    assert not rig.exchange.open
+
+
+def test_the_final_model_is_offered_to_whoever_links_up_later() -> None:
+    rig = at(Phase.DONE)
+    assert rig.link(C) == [Send(C, Offer(ref(4, round_=1)))]
+
+
+def test_a_node_started_after_its_last_round_only_serves() -> None:
+    rig = Rig(A, rounds=5)
+    assert rig.step(Started((), (), ref(1, round_=5))) == [
+        Emit(LearningDone(round=5)),
+        Send(A, Heartbeat(5, False)),
+    ]
+    assert rig.gossip.phase is Phase.DONE
+
+
+def test_models_that_arrive_after_the_end_are_let_go() -> None:
+    rig = at(Phase.DONE)
+    assert rig.arrive(A, ref(9)) == [Forget(ref(9))]
+    assert rig.gossip._inbox == {}
+
+
+def test_models_that_wait_at_the_end_are_let_go() -> None:
+    rig = at(Phase.EVALUATING, rounds=1)
+    rig.arrive(B, ref(9))
+    assert Forget(ref(9)) in rig.step(Evaluated(rig.token, {}))
+
+
+def test_rounds_that_are_skipped_end_learning_too() -> None:
+    rig = at(Phase.MERGING, rounds=3)
+    rig.gossip._merging = (Input(A, ref(3, round_=8), 0),)
+    rig.step(Aggregated(rig.token, ref(4)))
+    rig.step(Evaluated(rig.token, {}))
+    assert (rig.gossip.phase, rig.gossip.round) == (Phase.DONE, 9)
+
+
+# --- what goes wrong ------------------------------------------------------------------------------------
+def trouble(out: Iterable[Output]) -> list[Trouble]:
+    return [item.record for item in of(Emit, out) if isinstance(item.record, Trouble)]
+
+
+def test_failed_training_is_told_and_tried_again_after_a_rest() -> None:
+    rig = at(Phase.TRAINING, pause_s=0)
+    out = rig.step(WorkFailed(rig.token, "no memory"))
+    assert trouble(out) == [Trouble(what="training", detail="no memory")]
+    assert of(SetTimer, out) == [SetTimer(Timer("learning", "pause", rig.token), 5)]
+    assert rig.step(TimerFired(Timer("learning", "pause", rig.token))) == [Train(rig.token, OWN, 0)]
+
+
+def test_a_failed_merge_goes_on_with_the_own_model_and_counts_nothing_as_merged() -> None:
+    rig = at(Phase.MERGING)
+    out = rig.step(WorkFailed(rig.token, "boom"))
+    assert trouble(out) == [Trouble(what="merging", detail="boom")]
+    assert set(of(Forget, out)) == {Forget(OWN), Forget(ref(3))}
+    assert of(Evaluate, out) == [Evaluate(rig.token, ref(2))]
+    assert record(rig.step(Evaluated(rig.token, {}))).num_merged == 0
+
+
+def test_a_failed_evaluation_ends_the_round_without_metrics() -> None:
+    rig = at(Phase.EVALUATING)
+    out = rig.step(WorkFailed(rig.token, "boom"))
+    assert trouble(out) == [Trouble(what="evaluating", detail="boom")]
+    assert record(out).metrics == {}
+    assert rig.gossip.phase is Phase.TRAINING
+
+
+@pytest.mark.parametrize("phase", Phase)
+def test_stopping_keeps_the_model_in_every_phase(phase: Phase) -> None:
+    rig = at(phase)
+    assert rig.step(StopRequested()) == [Keep(rig.gossip.own)]
+
+
+def test_stopping_without_a_model_keeps_nothing() -> None:
+    assert Rig().step(StopRequested()) == []
+
+
+def test_the_inbox_does_not_grow_with_everyone_who_ever_passed_by() -> None:
+    rig = at(Phase.TRAINING)
+    for number in range(100):
+        out = rig.arrive(f"passer{number}", ref(100 + number))
+        assert len(rig.gossip._inbox) <= 8
+    assert out == [Forget(ref(191))]
+
+
+# --- what is not in the table ---------------------------------------------------------------------------
+def every_event(token: int) -> list[Event | Notice]:
+    return [
+        Started((), (), ref(90)),
+        PeerUp(A, hello()),
+        PeerDown(A, Reason.LINK),
+        Received(A, Heartbeat(3, True)),
+        TimerFired(Timer("learning", "deadline", token)),
+        Trained(token, ref(91)),
+        Aggregated(token, ref(92)),
+        Evaluated(token, {}),
+        WorkFailed(token, "boom"),
+        Fetched(token),
+        LinkUp(A, True, ""),
+    ]
+
+
+@pytest.mark.parametrize("phase", Phase)
+def test_what_the_table_does_not_list_changes_nothing(phase: Phase) -> None:
+    rig = at(phase)
+    before = rig.picture()
+    unlisted = [event for event in every_event(rig.token) if (phase, type(event)) not in gossip._TABLE]
+    assert unlisted
+    for event in unlisted:
+        assert rig.step(event) == []
+        assert rig.picture() == before
+
+
+@pytest.mark.parametrize("phase", Phase)
+def test_stale_tokens_change_nothing(phase: Phase) -> None:
+    rig = at(phase)
+    before = rig.picture()
+    for token in (0, rig.token - 1, rig.token + 1):
+        for event in every_event(token):
+            if isinstance(event, TimerFired | Trained | Aggregated | Evaluated | WorkFailed):
+                assert rig.step(event) == []
+    assert rig.step(TimerFired(Timer("view", "deadline", rig.token))) == []
+    assert rig.picture() == before
+
+
+def test_a_second_start_changes_nothing() -> None:
+    rig = at(Phase.WAITING)
+    before = rig.picture()
+    assert rig.step(Started((), (), ref(50))) == []
+    assert rig.picture() == before
+
+
+def test_a_model_that_arrives_is_kept_for_later_in_any_phase_but_the_last() -> None:
+    for phase in set(Phase) - {Phase.DONE, Phase.COLLECTING}:
+        rig = at(phase)
+        assert rig.arrive(B, ref(70)) == []
+        assert rig.gossip._inbox[B] == ref(70)
+
+
+# --- the account of holds -------------------------------------------------------------------------------
+def test_after_many_rounds_only_what_is_needed_is_held() -> None:
+    rng = random.Random(3)
+    rig = Rig(A, B, C, quorum=0.5)
+    rig.step(Started((), (), OWN))
+    forgotten: list[bytes] = []
+    fresh = iter(range(100, 10**6))
+    for _ in range(5_000):
+        match rng.randrange(4), rig.gossip.phase:
+            case 0, _:
+                out = rig.arrive(rng.choice("ABC"), ref(next(fresh), rig.gossip.round))
+            case 1, Phase.COLLECTING:
+                out = rig.deadline()
+            case _, Phase.TRAINING:
+                out = rig.train(ref(next(fresh), rig.gossip.round))
+            case 1, Phase.MERGING | Phase.EVALUATING:
+                out = rig.step(WorkFailed(rig.token, "boom"))
+            case _, Phase.MERGING:
+                out = rig.step(Aggregated(rig.token, ref(next(fresh), rig.gossip.round)))
+            case _, Phase.EVALUATING:
+                out = rig.step(Evaluated(rig.token, {}))
+            case _:
+                out = []
+        forgotten += [item.ref.digest for item in of(Forget, out)]
+        item = rig.gossip
+        needed = [item._own, item._trained, *item._inbox.values(), *rig.exchange._offered]
+        if item.phase is Phase.MERGING:
+            needed += [model.ref for model in item._merging]
+        assert set(rig.exchange._held) == {model.digest for model in needed if model}
+    assert len(forgotten) == len(set(forgotten)) > 1_000
+    assert rig.gossip.round > 500
+
+
+def test_nobody_waits_for_company_after_a_restart() -> None:
+    rig = Rig(wait_for_peers=3)
+    assert rig.step(Started((), (), ref(1, round_=4))) == [Train(1, ref(1, round_=4), 4)]
