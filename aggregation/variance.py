@@ -1,0 +1,123 @@
+"""Variance correction: gives an averaged weight tensor back the spread that averaging took.
+
+The mean of N uncorrelated tensors of variance v has variance v / N, which stops signals from reaching the last
+layer. Correction stretches each weight tensor around its own mean. It sets the scale right and aligns nothing.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from aggregation import averaging
+from aggregation.averaging import population_variance
+from aggregation.base import Contribution, Rule, is_number, require, stateless
+
+TARGETS = ("received", "own", "mixed")
+
+TINY = 1e-12
+"""A variance below this part of what it is compared with is rounding, not spread."""
+
+ROUNDING = 1e-12
+"""A scale this close to 1 is 1: variances are taken in float64, and equal ones differ by less."""
+
+
+def corrected(
+    conservative: float = 0.5,
+    target: str = "received",
+    max_scale: float | None = None,
+    staleness_half_life: float | None = None,
+) -> Rule:
+    """The mean of the received models with its weight tensors stretched to the variance they had before.
+
+        scale = sqrt(wanted / Var(x))
+        out   = mean(x) + scale * (x - mean(x))
+
+    per floating tensor of two or more dimensions, with one mean and one population variance for the whole
+    tensor. Biases, norm layers and running statistics are left alone: to stretch them moves thresholds. So are
+    tensors without spread, whose wanted variance is nothing, or that would leave their dtype's range. What
+    counts as nothing is relative, hence a common factor on all inputs comes out as that factor.
+
+    Given one contribution that is a mean already (`variances` is set), as after `mean` in a chain, it only
+    corrects, and `conservative` serves the target "mixed" alone: give both rules the same value. Anything else
+    is first averaged by `averaging.mean(conservative, staleness_half_life)`. Leaves one contribution.
+
+    Args:
+        conservative: share of the local model, from 0 to 1.
+        target: the wanted variance. "received": the weighted mean of the received models' variances, the
+            paper's rule (FOLLOW_OTHERS). "own": the local model's (FOLLOW_SELF), which no peer can influence.
+            "mixed": conservative * own + (1 - conservative) * received (FOLLOW_CONSERVATIVE). The median
+            of the received variances, robust to one liar, is not offered: a mean does not carry it.
+        max_scale: upper limit for the scale, at least 1. None: 1.5 * sqrt(N + 1) for N received models; the
+            mean of N + 1 uncorrelated models needs sqrt(N + 1).
+        staleness_half_life: as in `averaging.mean`.
+
+    Raises ValueError for an argument outside its range.
+
+    Source: arXiv 2404.04616, VC_AVERAGE (papers.md 1.2). Population variance and weights only, as in the
+    authors' first code; the relative guard and the limit are ours (papers.md 1.5).
+    """
+    require(target in TARGETS, "target", f"one of {', '.join(TARGETS)}", target)
+    require(
+        max_scale is None or (is_number(max_scale) and max_scale >= 1),
+        "max_scale",
+        "None or a number of at least 1",
+        max_scale,
+    )
+    average = averaging.mean(conservative, staleness_half_life)
+
+    def wanted(received_variance: float, own: Tensor) -> float:
+        if target == "received":
+            return received_variance
+        if target == "own":
+            return population_variance(own)
+        return conservative * population_variance(own) + (1 - conservative) * received_variance
+
+    def function(contributions: Sequence[Contribution], local: Contribution) -> list[Contribution]:
+        if len(contributions) != 1 or contributions[0].variances is None:
+            contributions, _ = average.update(contributions, (), local)
+        (merged,) = contributions
+        variances = merged.variances
+        if variances is None:
+            return [merged]
+        limit = 1.5 * math.sqrt(max(1, merged.num_merged) + 1) if max_scale is None else max_scale
+        params = {
+            name: _stretched(tensor, wanted(variances[name], local.params[name]), limit)
+            if _is_correctable(name, tensor)
+            else tensor
+            for name, tensor in merged.params.items()
+        }
+        return [replace(merged, params=params)]
+
+    return stateless(function)
+
+
+def _is_correctable(name: str, tensor: Tensor) -> bool:
+    is_running = name.endswith(("running_mean", "running_var"))
+    return tensor.is_floating_point() and tensor.ndim >= 2 and tensor.numel() > 0 and not is_running
+
+
+@torch.no_grad()
+def _stretched(tensor: Tensor, wanted: float, max_scale: float) -> Tensor:
+    """`tensor` at the wanted variance, or `tensor` itself where that changes or means nothing."""
+    wide = tensor.double()
+    variance, centre = torch.var_mean(wide, correction=0)
+    scale = _scale(float(variance), float(centre), wanted, max_scale)
+    if abs(scale - 1) <= ROUNDING:
+        return tensor
+    stretched = ((wide - centre) * scale).add_(centre).to(tensor.dtype)
+    return stretched if bool(stretched.isfinite().all()) else tensor
+
+
+def _scale(current: float, centre: float, wanted: float, max_scale: float) -> float:
+    if not math.isfinite(current + wanted):
+        return 1.0
+    mean_square = current + centre * centre
+    has_no_spread = current <= TINY * (mean_square + wanted)
+    # Models in which a tensor is constant say nothing of its spread, and to follow them would erase it.
+    wants_no_spread = wanted <= TINY * current
+    if has_no_spread or wants_no_spread:
+        return 1.0
+    return min(math.sqrt(wanted / current), max_scale)
