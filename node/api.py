@@ -1,0 +1,182 @@
+"""The daemon's HTTP API, for its own machine: status, peers, rounds, metrics, export, stop.
+
+Bound to 127.0.0.1. Every call needs the token that lies in the home; a Host or Origin that is not local is
+refused, so that a web page in the user's browser can neither read nor stop the node.
+"""
+
+import asyncio
+import contextlib
+import hmac
+import json
+import os
+import secrets
+import socket
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from protocols.errors import LocalError
+
+API_FILE = "api.json"
+TOKEN_FILE = "api.token"  # noqa: S105 - a file's name
+_LOCAL = {"127.0.0.1", "localhost", "[::1]"}
+
+
+def make_token(home: Path) -> str:
+    """The home's API token, made on first use, readable by its owner only."""
+    path = home / TOKEN_FILE
+    with contextlib.suppress(FileExistsError):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(secrets.token_urlsafe(24))
+    return path.read_text().strip()
+
+
+class _Guard:
+    """Refuses what is not local or does not know the token."""
+
+    def __init__(self, app: ASGIApp, token: str) -> None:
+        self._app = app
+        self._expected = f"Bearer {token}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        problem = None
+        if not _is_local(headers.get(b"host", b"").decode("latin-1")):
+            problem = (403, "the Host header must name this machine")
+        elif b"origin" in headers and not _is_local(headers[b"origin"].decode("latin-1").split("://")[-1]):
+            problem = (403, "requests from web pages elsewhere are refused")
+        elif not hmac.compare_digest(headers.get(b"authorization", b""), self._expected):
+            problem = (
+                401,
+                f"send 'Authorization: Bearer <token>'; the token is in {TOKEN_FILE} in the node's home",
+            )
+        if problem:
+            response = JSONResponse({"error": problem[1]}, status_code=problem[0])
+            await response(scope, receive, send)
+        else:
+            await self._app(scope, receive, send)
+
+
+def _is_local(host: str) -> bool:
+    name = host[: host.index("]") + 1] if host.startswith("[") and "]" in host else host.split(":")[0]
+    return name in _LOCAL
+
+
+def make_app(
+    token: str,
+    status: Callable[[], dict[str, Any]],
+    peers: Callable[[], list[dict[str, Any]]],
+    rounds: Callable[[int], list[dict[str, Any]]],
+    metrics: Callable[[], bytes],
+    stop: Callable[[], None],
+) -> Starlette:
+    """The application over what the daemon can tell and do."""
+
+    async def get_status(request: Request) -> Response:
+        return JSONResponse(status())
+
+    async def get_peers(request: Request) -> Response:
+        return JSONResponse(peers())
+
+    async def get_rounds(request: Request) -> Response:
+        try:
+            last = int(request.query_params.get("last", "100"))
+        except ValueError:
+            return JSONResponse({"error": "last: a whole number"}, status_code=400)
+        return JSONResponse(rounds(max(1, min(last, 100_000))))
+
+    async def get_metrics(request: Request) -> Response:
+        return PlainTextResponse(metrics(), media_type="text/plain; version=0.0.4")
+
+    async def post_stop(request: Request) -> Response:
+        stop()
+        return JSONResponse({"stopping": True})
+
+    return Starlette(
+        routes=[
+            Route("/status", get_status),
+            Route("/peers", get_peers),
+            Route("/rounds", get_rounds),
+            Route("/metrics", get_metrics),
+            Route("/stop", post_stop, methods=["POST"]),
+        ],
+        middleware=[Middleware(_Guard, token=token)],
+    )
+
+
+class _Server(uvicorn.Server):
+    """uvicorn that leaves the process's signals to the daemon."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class ApiServer:
+    """Serves the application on the running loop."""
+
+    def __init__(self, app: Starlette, port: int) -> None:
+        self._socket = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            self._socket.bind(("127.0.0.1", port))
+        except OSError as error:
+            self._socket.close()
+            raise LocalError(f"api.port {port} on 127.0.0.1 cannot be used: {error.strerror}") from error
+        self.port: int = self._socket.getsockname()[1]
+        self._server = _Server(
+            uvicorn.Config(
+                app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=1
+            )
+        )
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._server.serve(sockets=[self._socket]))
+
+    async def stop(self) -> None:
+        self._server.should_exit = True
+        if self._task is not None:
+            await self._task
+        self._socket.close()
+
+
+# --- the other side: commands that ask a running daemon -------------------------------------------------
+def call(home: Path, path: str, method: str = "GET", timeout_s: float = 5.0) -> Any:
+    """Ask the daemon of a home.
+
+    Raises:
+        LocalError: no daemon runs there, or it does not answer.
+    """
+    try:
+        where = json.loads((home / API_FILE).read_text())
+        token = (home / TOKEN_FILE).read_text().strip()
+    except (OSError, ValueError) as error:
+        raise LocalError(f"no daemon runs in {home}; start it with `covey run --home {home}`") from error
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{where['port']}{path}", method=method, headers={"Authorization": f"Bearer {token}"}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=timeout_s) as response:  # noqa: S310
+            body = response.read()
+    except urllib.error.HTTPError as error:
+        raise LocalError(
+            f"the daemon of {home} refused: {error.read().decode(errors='replace')[:200]}"
+        ) from error
+    except OSError as error:
+        raise LocalError(f"the daemon of {home} does not answer ({error}); is it still running?") from error
+    return body.decode() if path == "/metrics" else json.loads(body)

@@ -1,0 +1,326 @@
+"""The `covey` command. Exit codes: 0 done, 1 failed, 2 wrong usage or config, 130 interrupted."""
+
+import json
+import os
+import shutil
+import sys
+from importlib.metadata import entry_points, version
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import msgspec
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from node import api
+from node.config import CONFIG_FILE, Config, load_config, to_toml, toml_value
+from node.identity import KEY_FILE, create_key, load_key, peer_id_of
+from protocols.errors import ConfigError, CoveyError, LocalError
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="A peer-to-peer learning node: trains on its own data, exchanges what it learned, merges what it receives.",
+    epilog="Exit codes: 0 done, 1 failed, 2 wrong usage or config, 130 interrupted.",
+)
+config_app = typer.Typer(no_args_is_help=True, help="Check or show the node's config.")
+app.add_typer(config_app, name="config")
+
+Home = Annotated[
+    Path,
+    typer.Option(
+        "--home",
+        envvar="COVEY_HOME",
+        help="The node's folder: config, key, checkpoints.",
+        show_default="~/.covey",
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of text.")]
+_HOME = Path("~/.covey").expanduser()
+
+out = Console()
+err = Console(stderr=True)
+
+
+@app.command()
+def init(
+    home: Home = _HOME,
+    task: Annotated[str, typer.Option(help="A built-in task, or `my_task.py:make_task`.")] = "digits",
+    network: Annotated[str, typer.Option(help="The network's name; others refuse to link.")] = "covey",
+    bootstrap: Annotated[list[str] | None, typer.Option(help="A peer to ask first; may be repeated.")] = None,
+    listen: Annotated[str, typer.Option(help="Where to listen.")] = "/ip4/0.0.0.0/tcp/4001",
+    protocol: Annotated[
+        str, typer.Option(help="`gossip`, or `none` for a bootstrap that only introduces.")
+    ] = "gossip",
+    as_json: Json = False,
+) -> None:
+    """Make a home: a key that is this node's identity, and a config to edit."""
+    home.mkdir(parents=True, exist_ok=True)
+    if (home / CONFIG_FILE).exists():
+        raise LocalError(f"{home / CONFIG_FILE} exists already; edit it, or choose another --home")
+    text = _template(task, network, bootstrap or [], listen, protocol)
+    from node.config import parse_config
+
+    parse_config(text, {})
+    key = load_key(home / KEY_FILE) if (home / KEY_FILE).exists() else create_key(home / KEY_FILE)
+    (home / CONFIG_FILE).write_text(text, encoding="utf-8")
+    peer = peer_id_of(key)
+    if as_json:
+        _print_json({"home": str(home), "peer": peer, "config": str(home / CONFIG_FILE)})
+        return
+    out.print(f"Home    {home}\nPeer    {peer}\nConfig  {home / CONFIG_FILE}\n", highlight=False)
+    out.print(f"Start it with: covey run --home {home}", highlight=False)
+    out.print(
+        f"Others join with: --bootstrap /ip4/<your address>/tcp/<port>/p2p/{peer}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+@app.command()
+def run(home: Home = _HOME) -> None:
+    """Run the node in the foreground. Ctrl-C or SIGTERM stops it; nothing is lost."""
+    config = load_config(home)
+    from node.telemetry import configure_logging
+
+    configure_logging(config.log.level, config.log.json)
+    from node.daemon import run_daemon
+
+    run_daemon(config, home)
+
+
+@app.command()
+def status(home: Home = _HOME, as_json: Json = False) -> None:
+    """What the running node is doing."""
+    data = api.call(home, "/status")
+    if as_json:
+        _print_json(data)
+        return
+    metrics = "  ".join(f"{name} {value:.4f}" for name, value in data["metrics"].items())
+    rows = [
+        ("peer", data["peer"]),
+        ("address", "\n".join(data["addresses"])),
+        ("network", data["network"]),
+        ("task", f"{data['task']} ({data['learning']})"),
+        ("round", f"{data['round']} ({data['phase']}), merged {data['merged']} models last"),
+        ("model", metrics or "not evaluated yet"),
+        ("links", str(data["live_peers"])),
+        ("traffic", f"{_bytes(data['bytes_sent'])} sent, {_bytes(data['bytes_received'])} received"),
+        ("refused", ", ".join(f"{n} {reason}" for reason, n in sorted(data["refused"].items())) or "nothing"),
+        ("up", f"{data['uptime_s']:.0f} s, process {data['pid']}"),
+    ]
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in rows:
+        table.add_row(f"[bold]{name}[/bold]", value)
+    out.print(table)
+
+
+@app.command()
+def peers(home: Home = _HOME, as_json: Json = False) -> None:
+    """Whom the running node knows, and why a link failed."""
+    rows = api.call(home, "/peers")
+    if as_json:
+        _print_json(rows)
+        return
+    table = Table("peer", "state", "round", "failures", "last reason", box=None, pad_edge=False)
+    for row in sorted(rows, key=lambda row: (row["state"] != "live", row["peer"])):
+        name = row["peer"] + (" (bootstrap)" if row["bootstrap"] else "")
+        table.add_row(name, row["state"], str(row["round"]), str(row["failures"]), escape(row["last_reason"]))
+    out.print(table if rows else "no peer known yet")
+
+
+@app.command()
+def stop(home: Home = _HOME) -> None:
+    """Stop the running node."""
+    api.call(home, "/stop", method="POST")
+    out.print("stopping")
+
+
+@app.command()
+def export(
+    target: Annotated[Path, typer.Argument(help="The file to write, in safetensors format.")],
+    home: Home = _HOME,
+    as_json: Json = False,
+) -> None:
+    """Write the newest whole checkpoint to a file. Works while the node runs, and when it does not."""
+    from node.store import newest_checkpoints, verify_checkpoint
+
+    for path in newest_checkpoints(home):
+        try:
+            ref, _ = verify_checkpoint(path)
+        except (CoveyError, OSError) as error:
+            err.print(
+                f"[yellow]{path.name} is damaged ({escape(str(error))}); trying the one before[/yellow]"
+            )
+            continue
+        draft = target.with_name(target.name + ".draft")
+        try:
+            shutil.copyfile(path, draft)
+            draft.replace(target)
+        except OSError as error:
+            raise LocalError(f"{target} cannot be written: {error.strerror}") from error
+        data = {
+            "path": str(target),
+            "round": ref.round,
+            "size_bytes": ref.size_bytes,
+            "digest": ref.digest.hex(),
+        }
+        if as_json:
+            _print_json(data)
+        else:
+            out.print(f"{target}: model after round {ref.round}, {_bytes(ref.size_bytes)}", highlight=False)
+        return
+    raise LocalError(f"no whole checkpoint in {home}; has the node finished a round?")
+
+
+@config_app.command("check")
+def config_check(home: Home = _HOME, as_json: Json = False) -> None:
+    """Check the config, the environment's overrides and the merge rule."""
+    config = load_config(home)
+    _check_rule(config)
+    _print_json({"ok": True}) if as_json else out.print(f"{home / CONFIG_FILE} is fine")
+
+
+@config_app.command("show")
+def config_show(home: Home = _HOME, as_json: Json = False) -> None:
+    """Show every setting in force, defaults and environment included."""
+    config = load_config(home)
+    if as_json:
+        _print_json(msgspec.to_builtins(config))
+    else:
+        typer.echo(to_toml(config))
+
+
+@app.command()
+def doctor(home: Home = _HOME, as_json: Json = False) -> None:
+    """Go through the steps of joining; say which one fails and what to do."""
+    from node.doctor import examine
+
+    findings = examine(home)
+    if as_json:
+        _print_json([msgspec.to_builtins(finding) for finding in findings])
+    else:
+        marks = {"ok": "[green]ok  [/green]", "failed": "[red]FAIL[/red]", "skipped": "[dim]skip[/dim]"}
+        for finding in findings:
+            out.print(
+                f"{marks[finding.outcome]} {finding.step}: {escape(finding.detail)}",
+                highlight=False,
+                soft_wrap=True,
+            )
+            if finding.remedy:
+                out.print(f"     do: {escape(finding.remedy)}", highlight=False, soft_wrap=True)
+    if any(finding.outcome == "failed" for finding in findings):
+        raise typer.Exit(EXIT_FAILED)
+
+
+@app.command()
+def demo(
+    nodes: Annotated[int, typer.Option(min=2, max=16, help="Daemons to start.")] = 4,
+    rounds: Annotated[int, typer.Option(min=10, max=10_000, help="Rounds of each.")] = 80,
+    seed: Annotated[int, typer.Option(help="Of the way the data is shared out.")] = 2,
+    keep: Annotated[Path | None, typer.Option(help="Keep the nodes' homes in this folder.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Start real daemons on this machine, let them learn together, kill one and see it come back."""
+    from node.demo import print_summary, run_demo
+
+    result = run_demo(nodes, rounds, seed, keep, err)
+    if as_json:
+        _print_json(result)
+    else:
+        print_summary(result, out)
+
+
+def _version(show: bool) -> None:
+    if show:
+        typer.echo(version("covey"))
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _check_rule(config: Config) -> None:
+    if not config.learns:
+        return
+    from aggregation.rules import build
+
+    try:
+        build(config.learning.rule)
+    except ValueError as error:
+        raise ConfigError("learning.rule", str(error)) from error
+
+
+def _template(task: str, network: str, bootstrap: list[str], listen: str, protocol: str) -> str:
+    return f"""\
+# The settings of one covey node. What is left out has its default: `covey config show` lists all.
+# Any of them can be set from the environment: COVEY_NETWORK__TARGET_DEGREE=4 sets network.target_degree.
+
+[network]
+name = {toml_value(network)}            # nodes of another network refuse each other
+listen = [{toml_value(listen)}]
+bootstrap = {toml_value(bootstrap)}     # peers to ask first: "/ip4/…/tcp/…/p2p/<peer id>"
+
+[learning]
+protocol = {toml_value(protocol)}       # "none": only help others find each other
+rule = ["mean", "variance.corrected"]   # how received models are merged, in order
+rounds = 0                              # 0: for ever
+
+[task]
+name = {toml_value(task)}               # a built-in, or "my_task.py:make_task" beside this file
+
+[training]
+local_steps = 10                        # mini-batches between two exchanges
+batch_size = 16
+learning_rate = 0.1
+"""
+
+
+def _print_json(data: Any) -> None:
+    typer.echo(json.dumps(data))
+
+
+def _bytes(number: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if number < 1000:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1000
+    return f"{number:.2f} GB"
+
+
+def _add_plugins() -> None:
+    """Commands of the packages above this one, by entry point: `sim` is one."""
+    for entry in entry_points(group="covey.commands"):
+        entry.load()(app)
+
+
+def _fail(error: CoveyError) -> NoReturn:
+    err.print(f"[red]covey:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+    sys.exit(EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED)
+
+
+def main() -> None:
+    """The command's entry point."""
+    _add_plugins()
+    try:
+        app()
+    except CoveyError as error:
+        _fail(error)
+    except KeyboardInterrupt:
+        err.print("interrupted")
+        sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of our output has left; that is no error of ours.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,257 @@
+"""The node's one config file: TOML into frozen structs, `COVEY_…` from the environment on top, checked once.
+
+Every mistake is a `ConfigError` with the field's path and what is allowed.
+"""
+
+import os
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+import msgspec
+from msgspec import Meta, Struct, field
+
+from node.core import LEARNING, CoreSettings
+from node.settings import Shard, TrainingSettings
+from protocols.errors import ConfigError
+from protocols.exchange import ExchangeSettings
+from protocols.gossip import GossipSettings
+from protocols.view import NO_LEARNING, ViewSettings
+from protocols.vocabulary import Name, SchemaHash, peer_of
+
+CONFIG_FILE = "covey.toml"
+_ENV_PREFIX = "COVEY_"
+
+
+class NetworkConfig(ViewSettings, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Where the node listens, whom it asks first, how many links it keeps."""
+
+    name: Name = "covey"
+    """Nodes with another network name refuse each other."""
+    listen: tuple[str, ...] = ("/ip4/0.0.0.0/tcp/4001",)
+    """Multiaddrs to listen on; TCP only. Port 0 takes a free one."""
+    announce: tuple[str, ...] = ()
+    """Multiaddrs to tell others instead of the ones listened on: for a node behind a forwarded port."""
+
+
+class LearningConfig(GossipSettings, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How rounds run and how received models are merged."""
+
+    protocol: Literal["gossip", "none"] = "gossip"
+    """`none`: help others find each other, learn nothing."""
+    rule: tuple[str | dict[str, Any], ...] = ("mean", "variance.corrected")
+    """The merge rules in order: a name, or a table with `name` and its arguments."""
+
+
+class TaskConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """What is learnt: a built-in by name, or `my_task.py:make_task`."""
+
+    name: Annotated[str, Meta(min_length=1)] = "digits"
+    options: dict[str, Any] = {}
+    seed: int | None = None
+    """Of the first model and the batches; left out, it follows from the node's key."""
+    shard: Shard | None = None
+    """Which part of one shared data set is this node's: for trials. With own data leave it out."""
+
+
+class TrainingConfig(TrainingSettings, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Local training in each round."""
+
+    threads: Annotated[int, Meta(ge=1, le=256)] = 1
+    """CPU threads for torch. More than the physical cores helps nobody."""
+
+
+class ApiConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    """The HTTP API, on this machine only."""
+
+    enabled: bool = True
+    port: Annotated[int, Meta(ge=0, le=65535)] = 0
+    """0 takes a free one; `api.json` in the home says which."""
+
+
+class LogConfig(Struct, frozen=True, forbid_unknown_fields=True):
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    json: bool = False
+    """One JSON object a line instead of text for people."""
+
+
+class Config(Struct, frozen=True, forbid_unknown_fields=True):
+    """A whole `covey.toml`."""
+
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    learning: LearningConfig = field(default_factory=LearningConfig)
+    exchange: ExchangeSettings = field(default_factory=ExchangeSettings)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    api: ApiConfig = field(default_factory=ApiConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    @property
+    def learns(self) -> bool:
+        return self.learning.protocol != NO_LEARNING
+
+    def core_settings(self, task: str, schema: SchemaHash, max_model_bytes: int) -> CoreSettings:
+        """What the core is told."""
+        return CoreSettings(
+            network=self.network.name,
+            task=task,
+            schema=schema,
+            max_model_bytes=max_model_bytes,
+            learning=self.learning.protocol,
+            view=self.network,
+            exchange=self.exchange,
+            gossip=self.learning,
+        )
+
+
+def load_config(home: Path, environ: Mapping[str, str] = os.environ) -> Config:
+    """A home's config with the environment on top.
+
+    Raises:
+        ConfigError: missing or malformed file, unknown field, wrong type or value.
+    """
+    path = home / CONFIG_FILE
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            str(path), f"cannot be read ({error.strerror}); make a home with `covey init`"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(str(path), "is not UTF-8 text") from error
+    return parse_config(text, environ, str(path))
+
+
+def parse_config(text: str, environ: Mapping[str, str], origin: str = CONFIG_FILE) -> Config:
+    """TOML text and environment to a checked config."""
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(origin, f"is not TOML: {error}") from error
+    for name in sorted(environ):
+        if name.startswith(_ENV_PREFIX) and name not in _OTHER_VARIABLES:
+            _override(data, name, environ[name])
+    return convert_config(data)
+
+
+def convert_config(data: dict[str, Any]) -> Config:
+    """Plain tables to a checked config."""
+    try:
+        config = msgspec.convert(data, Config)
+    except msgspec.ValidationError as error:
+        raise _explain(str(error)) from error
+    _check(config)
+    return config
+
+
+_OTHER_VARIABLES = frozenset({"COVEY_HOME", "COVEY_REWRITE_TRACES"})
+
+
+def _override(data: dict[str, Any], name: str, value: str) -> None:
+    """`COVEY_NETWORK__TARGET_DEGREE=4` sets `network.target_degree`."""
+    *tables, key = name.removeprefix(_ENV_PREFIX).lower().split("__")
+    table = data
+    for part in tables:
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            raise ConfigError(name, f"'{part}' is a value, not a table")
+    try:
+        table[key] = tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        table[key] = value  # a bare word: text
+
+
+def _explain(message: str) -> ConfigError:
+    """msgspec's sentence, as field path, problem and what is allowed."""
+    problem, _, where = message.partition(" - at `$")
+    path = where.rstrip("`").lstrip(".") or "config"
+    if unknown := re.match(r"Object contains unknown field `(.+)`", problem):
+        prefix = "" if path == "config" else f"{path}."
+        return ConfigError(f"{prefix}{unknown[1]}", "no such setting", _fields_at(path))
+    if missing := re.match(r"Object missing required field `(.+)`", problem):
+        return ConfigError(f"{path}.{missing[1]}", "must be given")
+    if choice := re.match(r"Invalid enum value (.+)", problem):
+        return ConfigError(path, f"{choice[1]} is not one of the choices", _choices_at(path))
+    return ConfigError(path, problem[:1].lower() + problem[1:])
+
+
+def _type_at(path: str) -> Any:
+    kind: Any = Config
+    for part in [] if path == "config" else path.split("."):
+        kind = get_type_hints(kind).get(part, kind)
+        if options := getattr(kind, "__args__", None):  # `Shard | None`
+            kind = next((option for option in options if hasattr(option, "__struct_fields__")), kind)
+    return kind
+
+
+def _fields_at(path: str) -> list[str]:
+    return sorted(getattr(_type_at(path), "__struct_fields__", ()))
+
+
+def _choices_at(path: str) -> list[str]:
+    kind = _type_at(path)
+    return [str(option) for option in getattr(kind, "__args__", ())]
+
+
+def _check(config: Config) -> None:
+    """What types cannot say."""
+    for index, address in enumerate(config.network.bootstrap):
+        if peer_of(address) is None:
+            raise ConfigError(
+                f"network.bootstrap[{index}]",
+                f"'{address}' names no peer",
+                ["/ip4/<address>/tcp/<port>/p2p/<peer id>, as printed by `covey init` and `covey status`"],
+            )
+    for index, address in enumerate(config.network.listen):
+        if not re.fullmatch(r"/(ip4|ip6|dns|dns4|dns6)/[^/]+/tcp/\d+", address):
+            raise ConfigError(
+                f"network.listen[{index}]", f"'{address}' is not a TCP multiaddr", ["/ip4/0.0.0.0/tcp/4001"]
+            )
+    if config.network.dead_after_s < 2 * config.network.heartbeat_s:
+        raise ConfigError(
+            "network.dead_after_s", "would take one lost heartbeat for a death", [">= 2 * heartbeat_s"]
+        )
+    shard = config.task.shard
+    if shard is not None and shard.index >= shard.count:
+        raise ConfigError("task.shard.index", f"{shard.index} of {shard.count}", [f"0 to {shard.count - 1}"])
+    assert config.learning.protocol in LEARNING
+
+
+def to_toml(config: Config) -> str:
+    """The whole config as TOML, defaults included; it loads back to an equal config."""
+    return _render(msgspec.to_builtins(config))
+
+
+def _render(data: Mapping[str, Any]) -> str:
+    lines: list[str] = []
+    for name, table in data.items():
+        lines += [f"[{name}]", *_render_table(name, table), ""]
+    return "\n".join(lines)
+
+
+def _render_table(path: str, table: Mapping[str, Any]) -> list[str]:
+    plain = {
+        key: value for key, value in table.items() if value is not None and not isinstance(value, Mapping)
+    }
+    nested = {key: value for key, value in table.items() if isinstance(value, Mapping) and value}
+    lines = [f"{key} = {toml_value(value)}" for key, value in plain.items()]
+    for key, value in nested.items():
+        lines += ["", f"[{path}.{key}]", *_render_table(f"{path}.{key}", value)]
+    return lines
+
+
+def toml_value(value: Any) -> str:
+    """One value as TOML."""
+    match value:
+        case bool():
+            return "true" if value else "false"
+        case str():
+            return msgspec.json.encode(value).decode()  # a JSON string is a TOML basic string
+        case int() | float():
+            return repr(value)
+        case Mapping():
+            return "{" + ", ".join(f"{key} = {toml_value(item)}" for key, item in value.items()) + "}"
+        case _:
+            return "[" + ", ".join(toml_value(item) for item in value) + "]"

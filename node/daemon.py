@@ -1,0 +1,233 @@
+"""One daemon: everything put together, started in order, stopped in order."""
+
+import asyncio
+import json
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from node.api import API_FILE, ApiServer, make_app, make_token
+from node.config import Config
+from node.core import NodeCore
+from node.driver import Driver, Perform
+from node.identity import KEY_FILE, key_seed, load_key, peer_id_of
+from node.libp2p_network import Libp2pNetwork
+from node.ports import MonotonicClock
+from node.store import BlobStore, History, HomeLock
+from node.telemetry import Telemetry
+from protocols.errors import LocalError, PeerError
+from protocols.events import Started, WorkFailed
+from protocols.vocabulary import DIGEST_BYTES, ModelRef, PeerId, Reason, SchemaHash
+
+LATENESS_PERIOD_S = 0.1
+
+
+class Learner:
+    """What a learning node has and a mere helper has not: a task, its schema, a place for its models."""
+
+    def __init__(self, config: Config, home: Path, me: PeerId) -> None:
+        import torch
+
+        from node.compute import StoredModels, Work
+        from node.task_loading import make_task
+        from node.tasks import initial_params
+        from node.weights import check_weights, max_blob_bytes, schema_hash, schema_of
+
+        torch.set_num_threads(config.training.threads)
+        task = make_task(config.task.name, config.task.options, home, config.task.shard)
+        seed = config.task.seed if config.task.seed is not None else key_seed(me)
+        self._first = initial_params(task, seed)
+        schema = schema_of(self._first)
+        self.name = task.name
+        self.schema = schema_hash(task.name, schema)
+        self.max_model_bytes = max_blob_bytes(schema)
+        self.num_samples = len(task.train[1])
+        self.store = BlobStore(home, lambda path: check_weights(path, schema))
+        self._models = StoredModels(self.store)
+        self.perform: Perform = Work(
+            task, config.training, config.learning.rule, self._models, seed, me
+        ).perform
+
+    def first_model(self, warn: Callable[[str], None]) -> ModelRef:
+        """The newest whole checkpoint, or a fresh start."""
+        return self.store.restore(warn) or self._models.save(self._first, 0, self.num_samples)
+
+
+class Helper:
+    """A node that takes no part in learning: it holds no model and accepts none."""
+
+    name = "none"
+    schema = SchemaHash(bytes(DIGEST_BYTES))
+    max_model_bytes = 1
+
+    def __init__(self, home: Path) -> None:
+        def refuse(path: Path) -> None:
+            raise PeerError(Reason.IDLE, "this node does not learn")
+
+        self.store = BlobStore(home, refuse)
+        self.perform: Perform = lambda order: WorkFailed(order.token, "this node does not learn")
+
+    def first_model(self, warn: Callable[[str], None]) -> ModelRef | None:
+        return None
+
+
+class Daemon:
+    """A node from its home to its halt."""
+
+    def __init__(self, config: Config, home: Path) -> None:
+        self._config = config
+        self._home = home
+        self._started_at = time.time()  # noqa: TID251 - the shell tells the wall time
+        self._crash: BaseException | None = None
+        self._lateness_s = 0.0
+        self._addresses: tuple[str, ...] = ()
+
+    async def run(self) -> None:
+        """Serve until a signal, the API or the core ends it.
+
+        Raises:
+            LocalError, ConfigError: it could not begin, or broke; the text says why and what to do.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(HomeLock(self._home))
+            key = load_key(self._home / KEY_FILE)
+            self._me = peer_id_of(key)
+            self._telemetry = Telemetry(self._home)
+            history = History(self._home)
+            stack.callback(history.close)
+            self._history = history
+            part = Learner(self._config, self._home, self._me) if self._config.learns else Helper(self._home)
+            ref = part.first_model(self._telemetry.warning)
+            core = NodeCore(
+                self._config.core_settings(part.name, part.schema, part.max_model_bytes),
+                self._me,
+                random.Random(os.urandom(16)),
+            )
+            self._task_name, self._store = part.name, part.store
+            driver = self._driver = Driver(
+                core,
+                MonotonicClock(),
+                time.time,  # noqa: TID251
+                part.store,
+                history,
+                self._telemetry,
+                part.perform,
+            )
+            network = self._network = Libp2pNetwork(
+                key,
+                self._config.network.listen,
+                part.store,
+                driver.handle,
+                announce=self._config.network.announce,
+                on_crash=self._on_crash,
+            )
+            driver.attach(network)
+            self._addresses = await network.start()
+            try:
+                await self._serve(driver, history, ref)
+            finally:
+                await network.stop()
+                driver.close()
+        if self._crash is not None:
+            raise LocalError(f"the network thread broke: {self._crash!r}") from self._crash
+
+    async def _serve(self, driver: Driver, history: History, ref: ModelRef | None) -> None:
+        self._catch_signals(driver)
+        api = self._start_api(driver)
+        lateness = asyncio.create_task(self._watch_lateness())
+        try:
+            self._telemetry.info(
+                "running",
+                peer=self._me,
+                task=self._task_name,
+                listening=list(self._addresses),
+                round=ref.round if ref else 0,
+            )
+            driver.handle(Started(self._addresses, history.peers(), ref))
+            await driver.halted.wait()
+        finally:
+            lateness.cancel()
+            if api is not None:
+                await api.stop()
+                (self._home / API_FILE).unlink(missing_ok=True)
+            self._telemetry.info("stopped")
+
+    def _catch_signals(self, driver: Driver) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, driver.request_stop)
+
+    def _on_crash(self, error: BaseException) -> None:
+        self._crash = error
+        self._driver.halted.set()
+
+    def _start_api(self, driver: Driver) -> ApiServer | None:
+        if not self._config.api.enabled:
+            return None
+        app = make_app(
+            token=make_token(self._home),
+            status=self.status,
+            peers=lambda: [msgspec.to_builtins(row) for row in driver.core.peers()],
+            rounds=self._history.rounds,
+            metrics=self._metrics,
+            stop=self._stop_soon,
+        )
+        server = ApiServer(app, self._config.api.port)
+        server.start()
+        where = self._home / API_FILE
+        draft = where.with_suffix(".draft")
+        draft.write_text(json.dumps({"port": server.port, "pid": os.getpid()}))
+        draft.replace(where)
+        return server
+
+    def _stop_soon(self) -> None:
+        # After the answer to the caller has left.
+        asyncio.get_running_loop().call_later(0.05, self._driver.request_stop)
+
+    async def _watch_lateness(self) -> None:
+        """How long the loop kept a due callback waiting, at worst: what training must not disturb."""
+        loop = asyncio.get_running_loop()
+        while True:
+            due = loop.time() + LATENESS_PERIOD_S
+            await asyncio.sleep(LATENESS_PERIOD_S)
+            self._lateness_s = max(self._lateness_s, loop.time() - due)
+
+    # --- what the API tells -----------------------------------------------------------------------------
+    def status(self) -> dict[str, Any]:
+        """The node at a glance."""
+        core, last = self._driver.core, self._telemetry.last_round
+        return {
+            "peer": self._me,
+            "network": self._config.network.name,
+            "task": self._task_name,
+            "learning": self._config.learning.protocol,
+            "addresses": list(self._addresses),
+            "pid": os.getpid(),
+            "uptime_s": round(time.time() - self._started_at, 1),  # noqa: TID251
+            "phase": core.phase.value,
+            "round": core.round,
+            "metrics": dict(last.metrics) if last else {},
+            "merged": last.num_merged if last else 0,
+            "live_peers": core.view.num_live(),
+            "bytes_sent": self._network.bytes_sent,
+            "bytes_received": self._network.bytes_received,
+            "refused": dict(self._telemetry.refused),
+            "loop_lateness_ms_max": round(self._lateness_s * 1e3, 1),
+        }
+
+    def _metrics(self) -> bytes:
+        self._telemetry.bytes_moved(self._network.bytes_sent, self._network.bytes_received)
+        self._telemetry.lateness(self._lateness_s)
+        return self._telemetry.render()
+
+
+def run_daemon(config: Config, home: Path) -> None:
+    """Run a node in the foreground until it is stopped."""
+    asyncio.run(Daemon(config, home).run())

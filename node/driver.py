@@ -1,0 +1,163 @@
+"""The asyncio shell of a core: performs effects, brings back what comes of them. Decides nothing.
+
+Events are handled on the loop, one after another. Work runs on one thread of its own, so that training never
+delays a message; what touches the disk for long runs on another.
+"""
+
+import asyncio
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import assert_never
+
+from node.compute import WorkOrder, WorkResult
+from node.core import NodeCore
+from node.ports import Clock, Network, NetworkEvent
+from node.store import BlobStore, History
+from node.telemetry import Telemetry
+from protocols.errors import LocalError
+from protocols.events import (
+    Aggregate,
+    Dial,
+    Disconnect,
+    Effect,
+    Emit,
+    Evaluate,
+    Event,
+    Fetch,
+    Fetched,
+    FetchFailed,
+    Forget,
+    Halt,
+    Keep,
+    KeepPeer,
+    Penalise,
+    Received,
+    RoundDone,
+    Send,
+    SetTimer,
+    StopRequested,
+    TimerFired,
+    Train,
+)
+from protocols.vocabulary import ModelRef
+
+Perform = Callable[[WorkOrder], WorkResult]
+
+
+class WorkerThread:
+    """One thread that does one order after another. A daemon thread: a long training never holds up the exit."""
+
+    def __init__(self, perform: Perform, reply: Callable[[WorkResult], None]) -> None:
+        self._perform = perform
+        self._reply = reply
+        self._orders: queue.SimpleQueue[WorkOrder] = queue.SimpleQueue()
+        threading.Thread(target=self._run, name="work", daemon=True).start()
+
+    def submit(self, order: WorkOrder) -> None:
+        self._orders.put(order)
+
+    def _run(self) -> None:
+        while True:
+            self._reply(self._perform(self._orders.get()))
+
+
+class Driver:
+    """Runs one core until it halts."""
+
+    def __init__(
+        self,
+        core: NodeCore,
+        clock: Clock,
+        wall_clock: Callable[[], float],
+        store: BlobStore,
+        history: History,
+        telemetry: Telemetry,
+        perform: Perform,
+    ) -> None:
+        self.core = core
+        self._clock = clock
+        self._wall_clock = wall_clock
+        self._store = store
+        self._history = history
+        self._telemetry = telemetry
+        self._loop = asyncio.get_running_loop()
+        self._worker = WorkerThread(perform, self._from_worker)
+        self._disk = ThreadPoolExecutor(1, thread_name_prefix="disk")
+        self._network: Network | None = None
+        self.halted = asyncio.Event()
+
+    def attach(self, network: Network) -> None:
+        """The network needs `handle` and the driver needs the network: the network comes second."""
+        self._network = network
+
+    def handle(self, event: Event) -> None:
+        """One event in, its effects out. Called on the loop only."""
+        if self.halted.is_set():
+            return
+        self._count(event)
+        for effect in self.core.step(self._clock.now(), event):
+            self._do(effect)
+
+    def request_stop(self) -> None:
+        """The operator wants out."""
+        self.handle(StopRequested())
+
+    def close(self) -> None:
+        """Wait until all that was to be kept is on the disk."""
+        self._disk.shutdown(wait=True)
+
+    def _from_worker(self, result: WorkResult) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self.handle, result)
+
+    def _do(self, effect: Effect) -> None:
+        assert self._network is not None
+        match effect:
+            case Send(peer, message):
+                self._telemetry.message("out", str(type(message).__struct_config__.tag))
+                self._network.send(peer, message)
+            case SetTimer(timer, after_s):
+                self._loop.call_later(after_s, self.handle, TimerFired(timer))
+            case Train() | Aggregate() | Evaluate():
+                self._worker.submit(effect)
+            case Fetch(token, peer, ref):
+                self._network.fetch(token, peer, ref)
+            case Keep(ref):
+                self._disk.submit(self._keep, ref)
+            case Forget(ref):
+                self._disk.submit(self._store.forget, ref.digest)
+            case Emit(record):
+                self._telemetry.record(record, self._wall_clock())
+                if isinstance(record, RoundDone):
+                    self._history.add_round(record, self._wall_clock())
+            case Penalise(peer, reason, detail):
+                self._telemetry.refusal(peer, reason, detail)
+            case KeepPeer(record):
+                self._history.remember(record, self._wall_clock())
+            case Dial(address):
+                self._network.dial(address)
+            case Disconnect(peer, reason):
+                self._network.disconnect(peer, reason)
+            case Halt():
+                self.halted.set()
+            case _:
+                assert_never(effect)
+
+    def _keep(self, ref: ModelRef) -> None:
+        try:
+            self._store.keep(ref)
+        except LocalError as error:
+            self._telemetry.warning("checkpoint not kept", reason=str(error))
+
+    def _count(self, event: Event | NetworkEvent) -> None:
+        match event:
+            case Received(_, message):
+                self._telemetry.message("in", str(type(message).__struct_config__.tag))
+            case Fetched():
+                self._telemetry.fetch("ok")
+            case FetchFailed(_, reason):
+                self._telemetry.fetch(reason.value)
+            case _:
+                pass

@@ -1,0 +1,48 @@
+"""The ports between a core's shell and the world: each has a real and a simulated implementation.
+
+`tests/laws/` runs one suite per port on both.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Protocol
+
+from protocols.events import DialFailed, Fetched, FetchFailed, LinkDown, LinkUp, Received, Rejected
+from protocols.messages import LinkMessage
+from protocols.vocabulary import ModelRef, PeerId, Reason
+
+NetworkEvent = LinkUp | LinkDown | DialFailed | Received | Rejected | Fetched | FetchFailed
+
+Deliver = Callable[[NetworkEvent], None]
+"""How a network hands an event to its node."""
+
+
+class Clock(Protocol):
+    """Seconds that never go back."""
+
+    def now(self) -> float: ...
+
+
+class MonotonicClock:
+    """The machine's own."""
+
+    def now(self) -> float:
+        return time.monotonic()  # noqa: TID251 - the one place
+
+
+class Network(Protocol):
+    """Commands that return at once; whatever comes of them arrives as an event.
+
+    Promises, tested in `tests/laws/test_network.py`: at most one link per peer, seen by both ends; messages on
+    a link arrive whole, in order, at most once; every dial is answered by `LinkUp` or `DialFailed` unless the
+    link already stands; a link's end is told once; what was sent before `disconnect` goes out first; a fetch is
+    answered once, and `Fetched` only after every check.
+    """
+
+    def dial(self, address: str) -> None: ...
+
+    def disconnect(self, peer: PeerId, reason: Reason) -> None: ...
+
+    def send(self, peer: PeerId, message: LinkMessage) -> None: ...
+
+    def fetch(self, token: int, peer: PeerId, ref: ModelRef) -> None: ...

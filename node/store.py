@@ -1,0 +1,322 @@
+"""What a node keeps on disk: blobs that travel, checkpoints that last, known peers and past rounds.
+
+Home layout: `covey.toml identity.pem api.json api.token lock covey.db models/ checkpoints/ rounds.jsonl`.
+
+A blob enters `models/` only whole and checked. A checkpoint is synced to disk before it gets its name, and
+its name holds its digest, so that after any crash each file is either right or recognised as damaged.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from protocols.blob import check_chunk, hash_blob, num_chunks
+from protocols.errors import LocalError, PeerError
+from protocols.events import RoundDone
+from protocols.vocabulary import CHUNK_BYTES, Digest, ModelRef, PeerRecord, Reason
+
+NUM_CHECKPOINTS = 3
+"""The newest may be damaged by the disk; two older ones stand behind it."""
+MAX_STORED_PEERS = 1024
+
+
+class HomeLock:
+    """One daemon per home. Released by the system when the process ends, however it ends.
+
+    Raises:
+        LocalError: another process holds it.
+    """
+
+    def __init__(self, home: Path) -> None:
+        self._file = (home / "lock").open("a+")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.seek(0)
+            holder = self._file.read().strip() or "unknown"
+            self._file.close()
+            raise LocalError(
+                f"{home} is in use by another covey daemon (process {holder}); one daemon per home"
+            ) from None
+        self._file.truncate(0)
+        self._file.write(str(os.getpid()))
+        self._file.flush()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+
+class Blob:
+    """A whole blob, read by chunk."""
+
+    def __init__(self, path: Path, size_bytes: int, chunk_hashes: tuple[bytes, ...]) -> None:
+        self.path = path
+        self.size_bytes = size_bytes
+        self.chunk_hashes = chunk_hashes
+
+    def read(self, index: int) -> bytes:
+        """Chunk `index`. A blob forgotten in the middle of a transfer raises FileNotFoundError."""
+        with self.path.open("rb") as file:
+            file.seek(index * CHUNK_BYTES)
+            return file.read(CHUNK_BYTES)
+
+
+class Incoming:
+    """A blob on its way in. Every chunk is checked before it is written, so it can be taken up again."""
+
+    def __init__(self, path: Path, ref: ModelRef) -> None:
+        self.path = path
+        self.ref = ref
+        self.next_chunk = 0
+        self.busy = False
+
+    def write(self, chunk: bytes, expected: bytes) -> None:
+        """Check and append the next chunk.
+
+        Raises:
+            PeerError: WRONG_HASH; nothing is written then.
+        """
+        check_chunk(chunk, expected, self.next_chunk)
+        with self.path.open("r+b" if self.next_chunk else "wb") as file:
+            file.seek(self.next_chunk * CHUNK_BYTES)
+            file.write(chunk)
+        self.next_chunk += 1
+
+    @property
+    def complete(self) -> bool:
+        return self.next_chunk == num_chunks(self.ref.size_bytes)
+
+
+class BlobStore:
+    """Models by digest. Used from the daemon's thread, the network's and the worker's: each call is whole.
+
+    check: raises `PeerError` for a file that is not a model of this node's task.
+    """
+
+    def __init__(self, home: Path, check: Callable[[Path], None]) -> None:
+        self._models = home / "models"
+        self._checkpoints = home / "checkpoints"
+        self._check = check
+        self._blobs: dict[Digest, Blob] = {}
+        self._incoming: dict[Digest, Incoming] = {}
+        # What travelled before a crash is of no use after it; checkpoints are what lasts.
+        shutil.rmtree(self._models, ignore_errors=True)
+        self._models.mkdir(parents=True)
+        self._checkpoints.mkdir(exist_ok=True)
+
+    def save(self, data: bytes, round_: int, num_samples: int) -> ModelRef:
+        """Take in a model made here."""
+        digest, hashes = hash_blob(data)
+        path = self._path(digest)
+        part = path.with_suffix(".own")
+        part.write_bytes(data)
+        part.replace(path)
+        self._blobs[digest] = Blob(path, len(data), hashes)
+        return ModelRef(digest, len(data), round_, num_samples)
+
+    def get(self, digest: bytes) -> Blob | None:
+        """The blob, if it is held whole."""
+        return self._blobs.get(Digest(digest))
+
+    def path(self, ref: ModelRef) -> Path:
+        """Where a held model lies.
+
+        Raises:
+            LocalError: it is not held.
+        """
+        blob = self.get(ref.digest)
+        if blob is None:
+            raise LocalError(f"model {ref.digest.hex()[:12]} is not held")
+        return blob.path
+
+    def incoming(self, ref: ModelRef) -> Incoming:
+        """Begin to take in a blob, or go on where an earlier attempt broke off."""
+        digest = Digest(ref.digest)
+        if digest not in self._incoming:
+            self._incoming[digest] = Incoming(self._path(digest).with_suffix(".part"), ref)
+        return self._incoming[digest]
+
+    def admit(self, incoming: Incoming, chunk_hashes: tuple[bytes, ...]) -> None:
+        """The one gate for what peers send: schema, dtypes, shapes and finiteness, then the name.
+
+        Raises:
+            PeerError: the blob is not a model of this task; it is gone then.
+        """
+        assert incoming.complete
+        digest = Digest(incoming.ref.digest)
+        try:
+            self._check(incoming.path)
+        except PeerError:
+            self.forget(digest)
+            raise
+        path = self._path(digest)
+        incoming.path.replace(path)
+        self._blobs[digest] = Blob(path, incoming.ref.size_bytes, chunk_hashes)
+        self._incoming.pop(digest, None)
+
+    def forget(self, digest: bytes) -> None:
+        """Let a blob go, whole or half."""
+        key = Digest(digest)
+        if blob := self._blobs.pop(key, None):
+            blob.path.unlink(missing_ok=True)
+        if incoming := self._incoming.pop(key, None):
+            incoming.path.unlink(missing_ok=True)
+
+    def size_bytes(self) -> int:
+        """All that is held under `models/`."""
+        return sum(file.stat().st_size for file in self._models.iterdir())
+
+    # --- checkpoints ------------------------------------------------------------------------------------
+    def keep(self, ref: ModelRef) -> Path:
+        """Make a held model the newest checkpoint: synced, then named, then the directory synced.
+
+        Raises:
+            LocalError: the model is not held, or the disk refuses.
+        """
+        name = f"{ref.round:010d}-{ref.num_samples}-{ref.digest.hex()}.safetensors"
+        final, draft = self._checkpoints / name, self._checkpoints / "draft"
+        try:
+            draft.unlink(missing_ok=True)
+            source = self.path(ref)
+            try:
+                os.link(source, draft)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(source, draft)
+            _sync(draft)
+            draft.replace(final)
+            _sync(self._checkpoints)
+            for old in self._newest_first()[NUM_CHECKPOINTS:]:
+                old.unlink(missing_ok=True)
+        except OSError as error:
+            raise LocalError(f"checkpoint of round {ref.round} could not be kept: {error}") from error
+        return final
+
+    def restore(self, warn: Callable[[str], None]) -> ModelRef | None:
+        """The newest checkpoint that is whole, as a held model; each damaged one is warned of and set aside."""
+        for path in self._newest_first():
+            try:
+                ref, hashes = verify_checkpoint(path)
+                self._check(path)
+            except (PeerError, LocalError, OSError) as error:
+                warn(f"checkpoint {path.name} is damaged ({error}); falling back to the one before")
+                path.rename(path.with_suffix(".damaged"))
+                continue
+            held = self._path(Digest(ref.digest))
+            shutil.copyfile(path, held)
+            self._blobs[Digest(ref.digest)] = Blob(held, ref.size_bytes, hashes)
+            return ref
+        return None
+
+    def _newest_first(self) -> list[Path]:
+        return newest_checkpoints(self._checkpoints.parent)
+
+    def _path(self, digest: Digest) -> Path:
+        return self._models / f"{digest.hex()}.safetensors"
+
+
+def newest_checkpoints(home: Path) -> list[Path]:
+    """A home's checkpoints, newest first, unverified."""
+    return sorted((home / "checkpoints").glob("*.safetensors"), reverse=True)
+
+
+def parse_checkpoint_name(path: Path) -> tuple[int, int, Digest]:
+    """Round, number of samples and digest out of a checkpoint's name.
+
+    Raises:
+        LocalError: the name is not one of ours.
+    """
+    try:
+        round_, samples, digest = path.stem.split("-")
+        return int(round_), int(samples), Digest(bytes.fromhex(digest))
+    except ValueError as error:
+        raise LocalError(f"{path.name} is not a checkpoint's name") from error
+
+
+def verify_checkpoint(path: Path) -> tuple[ModelRef, tuple[bytes, ...]]:
+    round_, num_samples, digest = parse_checkpoint_name(path)
+    data = path.read_bytes()
+    found, hashes = hash_blob(data)
+    if found != digest:
+        raise PeerError(Reason.WRONG_HASH, "its bytes do not match its name")
+    return ModelRef(digest, len(data), round_, num_samples), hashes
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class History:
+    """Peers worth dialling again, and the rounds so far, in SQLite. Times are Unix seconds, given."""
+
+    def __init__(self, home: Path) -> None:
+        self._db = sqlite3.connect(home / "covey.db")
+        try:
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute("PRAGMA synchronous = NORMAL")
+            self._db.executescript(_TABLES)
+        except sqlite3.DatabaseError as error:
+            self._db.close()
+            raise LocalError(
+                f"{home / 'covey.db'} is damaged ({error}); move it away, it is rebuilt"
+            ) from error
+
+    def remember(self, record: PeerRecord, at_s: float) -> None:
+        """A peer answered at these addresses."""
+        with self._db:
+            self._db.execute(
+                "INSERT INTO peers VALUES (?, ?, ?) ON CONFLICT (peer) DO UPDATE "
+                "SET addresses = excluded.addresses, seen_at = excluded.seen_at",
+                (record.peer, json.dumps(record.addresses), at_s),
+            )
+            self._db.execute(
+                "DELETE FROM peers WHERE peer NOT IN (SELECT peer FROM peers ORDER BY seen_at DESC LIMIT ?)",
+                (MAX_STORED_PEERS,),
+            )
+
+    def peers(self) -> tuple[PeerRecord, ...]:
+        """Remembered peers, the last seen first."""
+        rows = self._db.execute("SELECT peer, addresses FROM peers ORDER BY seen_at DESC")
+        return tuple(PeerRecord(peer, tuple(json.loads(addresses))) for peer, addresses in rows)
+
+    def add_round(self, record: RoundDone, at_s: float) -> None:
+        """One more round is over."""
+        with self._db:
+            self._db.execute(
+                "INSERT INTO rounds VALUES (?, ?, ?, ?)",
+                (record.round, at_s, record.num_merged, json.dumps(dict(record.metrics))),
+            )
+
+    def rounds(self, last: int = 1000) -> list[dict[str, object]]:
+        """The last rounds, oldest first."""
+        rows = self._db.execute(
+            "SELECT round, at_s, num_merged, metrics FROM rounds ORDER BY rowid DESC LIMIT ?", (last,)
+        ).fetchall()
+        return [
+            {"round": round_, "at_s": at_s, "num_merged": merged, "metrics": json.loads(metrics)}
+            for round_, at_s, merged, metrics in reversed(rows)
+        ]
+
+    def close(self) -> None:
+        self._db.close()
+
+
+_TABLES = """
+CREATE TABLE IF NOT EXISTS peers (peer TEXT PRIMARY KEY, addresses TEXT NOT NULL, seen_at REAL NOT NULL);
+CREATE TABLE IF NOT EXISTS rounds (round INTEGER NOT NULL, at_s REAL NOT NULL, num_merged INTEGER NOT NULL,
+    metrics TEXT NOT NULL);
+"""

@@ -1,0 +1,135 @@
+"""What an operator can see: log lines, one JSON line a round, Prometheus metrics. Nothing leaves the machine.
+
+No label ever holds a peer id: a network of thousands would make thousands of series.
+"""
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any, assert_never
+
+import msgspec
+import structlog
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+
+from protocols.events import LearningDone, LinkChanged, Record, RoundDone, Trouble
+from protocols.vocabulary import PeerId, Reason
+
+
+def configure_logging(level: str, as_json: bool) -> None:
+    """Log to standard error, for people or for machines."""
+    renderer: Any = (
+        structlog.processors.JSONRenderer()
+        if as_json
+        else structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())
+    )
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[level.upper()]),
+        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+        cache_logger_on_first_use=False,
+    )
+
+
+class Telemetry:
+    """Logs, round records and metrics of one node."""
+
+    def __init__(self, home: Path) -> None:
+        self._rounds_path = home / "rounds.jsonl"
+        self._log = structlog.get_logger()
+        self.registry = CollectorRegistry()
+        self._metrics: dict[str, Gauge] = {}
+        self.last_round: RoundDone | None = None
+        self.refused: dict[str, int] = {}
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"covey_{name}", text, labels, registry=self.registry)
+
+        def gauge(name: str, text: str) -> Gauge:
+            return Gauge(f"covey_{name}", text, registry=self.registry)
+
+        self._refused = counter("refused", "What peers sent and was refused, by reason", "reason")
+        self._messages = counter("messages", "Link messages", "direction", "kind")
+        self._fetches = counter("fetches", "Models fetched from peers, by outcome", "outcome")
+        self._trouble = counter("trouble", "Work of our own that failed", "what")
+        self._round = gauge("round", "The learning round")
+        self._live = gauge("live_peers", "Greeted neighbours")
+        self._merged = gauge("merged_models", "Received models in the last merge")
+        self._metric = Gauge(
+            "covey_model_metric",
+            "The last evaluation of the node's model",
+            ["metric"],
+            registry=self.registry,
+        )
+        self._sent = gauge("bytes_sent", "Bytes written to link and fetch streams")
+        self._received = gauge("bytes_received", "Bytes read from link and fetch streams")
+        self._lateness = gauge("loop_lateness_seconds_max", "Worst lateness of the event loop so far")
+
+    def record(self, record: Record, at_s: float) -> None:
+        """One record from the core. `at_s` is Unix time."""
+        match record:
+            case RoundDone():
+                self._on_round(record, at_s)
+            case LinkChanged(peer, up, reason, num_live):
+                self._live.set(num_live)
+                self._log.info(
+                    "link up" if up else "link down", peer=peer, reason=reason or None, live=num_live
+                )
+            case Trouble(what, detail):
+                self._trouble.labels(what).inc()
+                self._log.warning("work failed", what=what, detail=detail)
+            case LearningDone(round_):
+                self._round.set(round_)
+                self._log.info("learning done; serving on", round=round_)
+            case _:
+                assert_never(record)
+
+    def _on_round(self, record: RoundDone, at_s: float) -> None:
+        self.last_round = record
+        self._round.set(record.round)
+        self._merged.set(record.num_merged)
+        for name, value in record.metrics.items():
+            self._metric.labels(name).set(value)
+        line = {"at_s": round(at_s, 3), **msgspec.to_builtins(record)}
+        with self._rounds_path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        shown = {name: round(value, 4) for name, value in record.metrics.items()}
+        self._log.info("round done", round=record.round, merged=record.num_merged, **shown)
+
+    def refusal(self, peer: PeerId, reason: Reason, detail: str) -> None:
+        """Something from a peer was refused."""
+        self._refused.labels(reason.value).inc()
+        self.refused[reason.value] = self.refused.get(reason.value, 0) + 1
+        self._log.warning("refused", peer=peer or "unknown", reason=reason.value, detail=detail)
+
+    def message(self, direction: str, kind: str) -> None:
+        """A link message was sent (`out`) or received (`in`)."""
+        self._messages.labels(direction, kind).inc()
+
+    def fetch(self, outcome: str) -> None:
+        """A fetch ended: `ok` or the reason it failed."""
+        self._fetches.labels(outcome).inc()
+
+    def bytes_moved(self, sent: int, received: int) -> None:
+        """Totals so far."""
+        self._sent.set(sent)
+        self._received.set(received)
+
+    def lateness(self, seconds: float) -> None:
+        """The worst lateness of the loop so far."""
+        self._lateness.set(seconds)
+
+    def render(self) -> bytes:
+        """All metrics in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+    def info(self, event: str, **fields: object) -> None:
+        self._log.info(event, **fields)
+
+    def warning(self, event: str, **fields: object) -> None:
+        self._log.warning(event, **fields)
