@@ -202,8 +202,9 @@ class Libp2pNetwork:
             # A goodbye that was just sent is worth a moment.
             for link in list(self._links.values()):
                 link.close(Reason.LEAVING)
+            # And a dial that is cancelled half-way leaves its socket open in the library.
             with trio.move_on_after(LINGER_S):
-                while self._links:  # noqa: ASYNC110 - once, at the end
+                while self._links or self._dialling:  # noqa: ASYNC110 - once, at the end
                     await trio.sleep(0.01)
             nursery.cancel_scope.cancel()
 
@@ -213,6 +214,8 @@ class Libp2pNetwork:
     # --- links ------------------------------------------------------------------------------------------
     def _start_dial(self, address: str) -> None:
         peer = peer_of(address)
+        if self._stop.is_set():
+            return
         if peer is None:
             self._post_now(DialFailed(address, Reason.UNREACHABLE, "the address names no peer (/p2p/...)"))
         elif peer not in self._links and peer not in self._dialling:
@@ -525,6 +528,9 @@ def _make_host(
             high_watermark=MAX_CONNECTIONS,
             low_watermark=0,
             min_connections=0,
+            # Shorter than our own limit on a dial, so that the library cleans up what it gave up.
+            dial_timeout=0.8 * DIAL_TIMEOUT_S,
+            outbound_upgrade_timeout=0.8 * DIAL_TIMEOUT_S,
         ),
         # Its circuit breaker and graceful degradation let one misbehaving peer close the node to all.
         resource_manager=ResourceManager(
