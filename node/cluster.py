@@ -2,7 +2,9 @@
 
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -95,6 +97,11 @@ class LocalNode:
             return None
         return status
 
+    def metric(self, name: str) -> float:
+        """One sample of the running daemon's metrics, by its full name with labels; 0 where there is none yet."""
+        found = re.search(rf"^{re.escape(name)} (\S+)$", call(self.home, "/metrics"), re.MULTILINE)
+        return float(found[1]) if found else 0.0
+
     def address(self) -> str:
         """Where others can dial it. The daemon must be up."""
         status = self.status()
@@ -162,6 +169,14 @@ class Cluster:
                 node.stop()
             except LocalError:
                 continue
+
+
+def free_port() -> int:
+    """A TCP port of loopback that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def local_settings(**tables: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key_pair
 from libp2p.custom_types import TProtocol
 from libp2p.network.config import ConnectionConfig, RetryConfig
-from libp2p.network.stream.exceptions import StreamEOF
+from libp2p.network.stream.exceptions import StreamEOF, StreamError
 from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import info_from_p2p_addr
 from libp2p.rcmgr.manager import ResourceLimits, ResourceManager
@@ -31,6 +31,7 @@ from libp2p.stream_muxer.yamux.yamux import Yamux
 from libp2p.transport.upgrader import TransportUpgrader
 from multiaddr import Multiaddr
 
+from node.addresses import check_free, dialable
 from node.ports import Deliver, NetworkEvent
 from node.store import Blob, BlobStore, Incoming
 from protocols.blob import check_header, chunk_length, num_chunks
@@ -101,6 +102,7 @@ class Libp2pNetwork:
         self._num_serves = 0
         self._inbox: deque[NetworkEvent] = deque()
         self._drain_scheduled = False
+        self._thread: threading.Thread | None = None
         self.bytes_sent = 0
         self.bytes_received = 0
 
@@ -111,6 +113,8 @@ class Libp2pNetwork:
         Raises:
             LocalError: the port is taken, or the address is not ours.
         """
+        for address in self._listen:
+            check_free(str(address))
         self._loop = asyncio.get_running_loop()
         self._ready: asyncio.Future[tuple[str, ...]] = self._loop.create_future()
         self._ended: asyncio.Future[None] = self._loop.create_future()
@@ -120,6 +124,8 @@ class Libp2pNetwork:
 
     async def stop(self) -> None:
         """Cancel everything and wait for the thread. Half-fetched blobs stay where they are."""
+        if self._thread is None:
+            return
         if not self._ended.done():
             self._command(self._stop.set)
         await self._ended
@@ -175,6 +181,8 @@ class Libp2pNetwork:
             trio.run(self._main)
         except BaseException as error:  # the task boundary: reported, and ends the daemon
             failure = error
+            while isinstance(failure, BaseExceptionGroup) and len(failure.exceptions) == 1:
+                failure = failure.exceptions[0]
         self._loop.call_soon_threadsafe(self._finish, failure)
 
     def _finish(self, failure: BaseException | None) -> None:
@@ -196,7 +204,7 @@ class Libp2pNetwork:
             await swarm.auto_connector.stop()
             self._host.set_stream_handler(LINK, self._on_link_stream)
             self._host.set_stream_handler(FETCH, self._on_fetch_stream)
-            addresses = self._announce or tuple(str(address) for address in self._host.get_addrs())
+            addresses = self._announce or self._listening()
             self._loop.call_soon_threadsafe(self._ready.set_result, addresses)
             await self._stop.wait()
             # A goodbye that was just sent is worth a moment.
@@ -207,6 +215,12 @@ class Libp2pNetwork:
                 while self._links or self._dialling:  # noqa: ASYNC110 - once, at the end
                     await trio.sleep(0.01)
             nursery.cancel_scope.cancel()
+
+    def _listening(self) -> tuple[str, ...]:
+        """The addresses in use. The library only logs what it could not listen on."""
+        if len(self._host.get_network().listeners) < len(set(self._listen)):
+            raise LocalError(f"cannot listen on {', '.join(map(str, self._listen))}; change network.listen")
+        return dialable(str(address) for address in self._host.get_addrs())
 
     def _on_insecure(self, detail: str) -> None:
         self._post_now(Rejected(PeerId(""), Reason.SECURITY, detail[:240]))
@@ -418,20 +432,56 @@ class Libp2pNetwork:
                 check_header(ref, header)
             case _:
                 raise PeerError(Reason.MALFORMED, "a fetch is answered by a header")
-        buffer = bytearray(decoder.take_rest())
-        for index in range(incoming.next_chunk, num_chunks(ref.size_bytes)):
-            length = chunk_length(ref.size_bytes, index)
-            while len(buffer) < length:
-                with trio.fail_after(STALL_TIMEOUT_S):
-                    try:
-                        data = await stream.read(length - len(buffer))
-                    except StreamEOF:
-                        raise PeerError(Reason.LINK, f"the peer ended the stream in chunk {index}") from None
-                self.bytes_received += len(data)
-                buffer += data
-            incoming.write(bytes(buffer[:length]), header.chunk_hashes[index])
-            del buffer[:length]
+        await self._receive_chunks(stream, incoming, header, decoder.take_rest())
         return header
+
+    async def _receive_chunks(
+        self, stream: INetStream, incoming: Incoming, header: FetchHeader, rest: bytes
+    ) -> None:
+        """Read chunk after chunk; check and write each on another thread while the next one comes in."""
+        size = incoming.ref.size_bytes
+        failure: list[PeerError | OSError] = []
+        to_disk, chunks = trio.open_memory_channel[bytearray](1)
+
+        async def write_chunks() -> None:
+            try:
+                async for chunk in chunks:
+                    expected = header.chunk_hashes[incoming.next_chunk]
+                    await trio.to_thread.run_sync(incoming.write, chunk, expected)
+            except (PeerError, OSError) as error:
+                failure.append(error)
+                nursery.cancel_scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(write_chunks)
+            try:
+                for index in range(incoming.next_chunk, num_chunks(size)):
+                    chunk, rest = await self._read_chunk(stream, chunk_length(size, index), rest)
+                    await to_disk.send(chunk)
+            except PeerError as error:
+                failure.append(error)
+            to_disk.close()  # what is under way is still written: it need not be sent again
+        if failure:
+            raise failure[0]
+
+    async def _read_chunk(self, stream: INetStream, length: int, rest: bytes) -> tuple[bytearray, bytes]:
+        """One whole chunk, and what was read beyond it."""
+        chunk, filled = bytearray(length), min(length, len(rest))
+        chunk[:filled], rest = rest[:filled], rest[filled:]
+        while filled < length:
+            try:
+                with trio.fail_after(STALL_TIMEOUT_S):
+                    data = await stream.read(length - filled)
+            except StreamEOF:
+                raise PeerError(Reason.LINK, "the peer ended the stream inside a chunk") from None
+            except trio.TooSlowError:
+                raise PeerError(Reason.TIMEOUT, f"no byte for {STALL_TIMEOUT_S:.0f} s") from None
+            except StreamError as error:
+                raise PeerError(Reason.LINK, _root_cause(error)) from error
+            chunk[filled : filled + len(data)] = data
+            filled += len(data)
+            self.bytes_received += len(data)
+        return chunk, rest
 
     # --- serving ----------------------------------------------------------------------------------------
     async def _on_fetch_stream(self, stream: INetStream) -> None:

@@ -1,26 +1,18 @@
 """What must hold when daemons die, disks lie and the bootstrap peer is not there. Real processes on loopback."""
 
 import random
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from node.cluster import Cluster, LocalNode, local_settings
+from node.cluster import Cluster, LocalNode, free_port, local_settings
 from node.store import newest_checkpoints, verify_checkpoint
 
 pytestmark = [pytest.mark.daemons, pytest.mark.timeout(300)]
 
 KILLS = 10
 SEED = 7
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def settings(index: int, count: int, port: int, bootstrap: list[str], **network: Any) -> dict[str, Any]:
