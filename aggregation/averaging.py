@@ -37,7 +37,7 @@ def mean(conservative: float = 0.5, staleness_half_life: float | None = None) ->
 
     Raises ValueError for an argument outside its range.
 
-    Source: arXiv 2404.04616, VC_AVERAGE without the correction (papers.md 1.2). The decay is ours.
+    Source: arXiv 2404.04616, VC_AVERAGE without the correction. The decay is ours.
     """
     require(
         is_number(conservative) and 0 <= conservative <= 1,

@@ -39,14 +39,14 @@ RULES: dict[str, RuleEntry] = {
     "mean": RuleEntry(
         factory=averaging.mean,
         summary="weighted mean of the received models, mixed with the local one",
-        source="arXiv 2404.04616, conservative averaging (papers.md 1.2)",
+        source="arXiv 2404.04616, conservative averaging",
         reduces=True,
         order_free=True,
     ),
     "variance.corrected": RuleEntry(
         factory=variance.corrected,
         summary="the mean, its weights stretched back to the variance of the received models",
-        source="arXiv 2404.04616, variance-corrected averaging (papers.md 1.2)",
+        source="arXiv 2404.04616, variance-corrected averaging",
         reduces=True,
         order_free=True,
     ),

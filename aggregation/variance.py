@@ -56,8 +56,8 @@ def corrected(
 
     Raises ValueError for an argument outside its range.
 
-    Source: arXiv 2404.04616, VC_AVERAGE (papers.md 1.2). Population variance and weights only, as in the
-    authors' first code; the relative guard and the limit are ours (papers.md 1.5).
+    Source: arXiv 2404.04616, VC_AVERAGE. Population variance and weights only, as in the
+    authors' first code; the relative guard and the limit are ours.
     """
     require(target in TARGETS, "target", f"one of {', '.join(TARGETS)}", target)
     require(

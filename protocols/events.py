@@ -121,24 +121,25 @@ Event = (
 
 
 # --- notices: what one machine inside the core tells the others -----------------------------------------
-class PeerUp(_Fact, frozen=True):
+class Notice(_Fact, frozen=True):
+    """Stays inside the core: the router hands it to the machines in the same step."""
+
+
+class PeerUp(Notice, frozen=True):
     """The handshake succeeded."""
 
     peer: PeerId
     hello: Hello
 
 
-class PeerDown(_Fact, frozen=True):
+class PeerDown(Notice, frozen=True):
     peer: PeerId
     reason: Reason
 
 
-class ModelArrived(_Fact, frozen=True):
+class ModelArrived(Notice, frozen=True):
     peer: PeerId
     ref: ModelRef
-
-
-Notice = PeerUp | PeerDown | ModelArrived
 
 
 # --- effects out ----------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 train -> offer -> collect until a quorum or a deadline -> merge -> evaluate -> (pause) -> train ...
 
 Nodes keep their own round counters; how far a received model lags is data (`staleness`), never a reason to
-wait. Source of the round: papers.md 1.2 (train, send to all neighbours, merge what the buffer holds).
+wait. Source of the round: arXiv 2404.04616 (train, send to all neighbours, merge what the buffer holds).
 """
 
 from collections.abc import Callable, Mapping
@@ -225,11 +225,11 @@ class Gossip:
     def _next_round(self) -> int:
         """One on, or up to where the neighbours are: a node back from an absence does not lag for ever.
 
-        The lower median of the merged models' rounds cannot be moved by a minority of liars.
+        The lower median over the own round and the merged models' rounds: liars move it only where they are
+        the larger part of what was merged.
         """
-        rounds = sorted(item.ref.round for item in self._merging)
-        median = rounds[(len(rounds) - 1) // 2] if rounds else 0
-        return min(max(self.round, median) + 1, MAX_ROUND)
+        rounds = sorted([self.round, *(item.ref.round for item in self._merging)])
+        return min(max(self.round, rounds[(len(rounds) - 1) // 2]) + 1, MAX_ROUND)
 
     def _finished(self) -> bool:
         return 0 < self._settings.rounds <= self.round

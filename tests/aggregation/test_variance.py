@@ -1,4 +1,4 @@
-"""`variance.corrected`: the numbers of papers.md 1.4, its invariants, and what passes through untouched."""
+"""`variance.corrected`: the worked numbers of arXiv 2404.04616, its invariants, and what passes through untouched."""
 
 import math
 
