@@ -9,18 +9,21 @@ import psutil
 
 from protocols.errors import ConfigError, LocalError
 
-_TCP = re.compile(r"/(ip4|ip6|dns|dns4|dns6)/([^/]+)/tcp/(\d+)")
+MAX_PORT = 65_535
+_TCP = re.compile(r"/(ip4|ip6|dns|dns4|dns6)/([^/]+)/tcp/([0-9]{1,5})(?:/p2p/[^/]+)?")
 
 
-def split_tcp(address: str) -> tuple[str, str, int]:
-    """Kind, host and port of a TCP multiaddr; whatever follows the port is left out.
+def split_tcp(address: str, path: str = "network.listen") -> tuple[str, str, int]:
+    """Kind, host and port of a TCP multiaddr, with or without a peer id at its end.
+
+    path: the setting it came from, for the error.
 
     Raises:
         ConfigError: it is not a TCP multiaddr.
     """
-    found = _TCP.match(address)
-    if not found or int(found[3]) > 65535:
-        raise ConfigError("network.listen", f"'{address}' is not a TCP multiaddr", ["/ip4/0.0.0.0/tcp/4001"])
+    found = _TCP.fullmatch(address)
+    if not found or int(found[3]) > MAX_PORT:
+        raise ConfigError(path, f"'{address}' is not a TCP multiaddr", ["/ip4/0.0.0.0/tcp/4001"])
     return found[1], found[2], int(found[3])
 
 

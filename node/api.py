@@ -7,6 +7,7 @@ refused, so that a web page in the user's browser can neither read nor stop the 
 import asyncio
 import contextlib
 import hmac
+import http.client
 import json
 import os
 import secrets
@@ -17,11 +18,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import uvicorn
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -30,6 +32,8 @@ from protocols.errors import LocalError
 API_FILE = "api.json"
 TOKEN_FILE = "api.token"  # noqa: S105 - a file's name
 _LOCAL = {"127.0.0.1", "localhost", "[::1]"}
+# The token is for our own daemon: never through a proxy that the environment names.
+_OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def make_token(home: Path) -> str:
@@ -65,10 +69,15 @@ class _Guard:
                 f"send 'Authorization: Bearer <token>'; the token is in {TOKEN_FILE} in the node's home",
             )
         if problem:
-            response = JSONResponse({"error": problem[1]}, status_code=problem[0])
+            response = _json({"error": problem[1]}, problem[0])
             await response(scope, receive, send)
         else:
             await self._app(scope, receive, send)
+
+
+def _json(data: object, status_code: int = 200) -> Response:
+    """A metric that is not finite becomes null: JSON has no word for it."""
+    return Response(msgspec.json.encode(data), status_code, media_type="application/json")
 
 
 def _is_local(host: str) -> bool:
@@ -87,24 +96,24 @@ def make_app(
     """The application over what the daemon can tell and do."""
 
     async def get_status(request: Request) -> Response:
-        return JSONResponse(status())
+        return _json(status())
 
     async def get_peers(request: Request) -> Response:
-        return JSONResponse(peers())
+        return _json(peers())
 
     async def get_rounds(request: Request) -> Response:
         try:
             last = int(request.query_params.get("last", "100"))
         except ValueError:
-            return JSONResponse({"error": "last: a whole number"}, status_code=400)
-        return JSONResponse(rounds(max(1, min(last, 100_000))))
+            return _json({"error": "last: a whole number"}, 400)
+        return _json(rounds(max(1, min(last, 100_000))))
 
     async def get_metrics(request: Request) -> Response:
         return PlainTextResponse(metrics(), media_type="text/plain; version=0.0.4")
 
     async def post_stop(request: Request) -> Response:
         stop()
-        return JSONResponse({"stopping": True})
+        return _json({"stopping": True})
 
     return Starlette(
         routes=[
@@ -163,20 +172,21 @@ def call(home: Path, path: str, method: str = "GET", timeout_s: float = 5.0) -> 
         LocalError: no daemon runs there, or it does not answer.
     """
     try:
-        where = json.loads((home / API_FILE).read_text())
+        port = int(json.loads((home / API_FILE).read_text())["port"])
         token = (home / TOKEN_FILE).read_text().strip()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise LocalError(f"no daemon runs in {home}; start it with `covey run --home {home}`") from error
     request = urllib.request.Request(
-        f"http://127.0.0.1:{where['port']}{path}", method=method, headers={"Authorization": f"Bearer {token}"}
+        f"http://127.0.0.1:{port}{path}", method=method, headers={"Authorization": f"Bearer {token}"}
     )
     try:
-        with urllib.request.urlopen(request, timeout=timeout_s) as response:  # noqa: S310
+        with _OPENER.open(request, timeout=timeout_s) as response:
             body = response.read()
+        return body.decode() if path == "/metrics" else json.loads(body)
     except urllib.error.HTTPError as error:
         raise LocalError(
             f"the daemon of {home} refused: {error.read().decode(errors='replace')[:200]}"
         ) from error
-    except OSError as error:
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        # After a crash, `api.json` may name a port that another program has taken since.
         raise LocalError(f"the daemon of {home} does not answer ({error}); is it still running?") from error
-    return body.decode() if path == "/metrics" else json.loads(body)

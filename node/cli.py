@@ -12,7 +12,6 @@ import msgspec
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from node import api
 from node.config import CONFIG_FILE, Config, load_config, to_toml, toml_value
@@ -61,7 +60,10 @@ def init(
     as_json: Json = False,
 ) -> None:
     """Make a home: a key that is this node's identity, and a config to edit."""
-    home.mkdir(parents=True, exist_ok=True)
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LocalError(f"{home} cannot be made: {error.strerror}") from error
     if (home / CONFIG_FILE).exists():
         raise LocalError(f"{home / CONFIG_FILE} exists already; edit it, or choose another --home")
     text = _template(task, network, bootstrap or [], listen, protocol)
@@ -87,6 +89,7 @@ def init(
 def run(home: Home = _HOME) -> None:
     """Run the node in the foreground. Ctrl-C or SIGTERM stops it; nothing is lost."""
     config = load_config(home)
+    _check_rule(config)
     from node.telemetry import configure_logging
 
     configure_logging(config.log.level, config.log.json)
@@ -102,10 +105,13 @@ def status(home: Home = _HOME, as_json: Json = False) -> None:
     if as_json:
         _print_json(data)
         return
-    metrics = "  ".join(f"{name} {value:.4f}" for name, value in data["metrics"].items())
+    metrics = "  ".join(
+        f"{name} not finite" if value is None else f"{name} {value:.4f}"
+        for name, value in data["metrics"].items()
+    )
     rows = [
         ("peer", data["peer"]),
-        ("address", "\n".join(data["addresses"])),
+        ("address", " ".join(data["addresses"])),
         ("network", data["network"]),
         ("task", f"{data['task']} ({data['learning']})"),
         ("round", f"{data['round']} ({data['phase']}), merged {data['merged']} models last"),
@@ -115,10 +121,9 @@ def status(home: Home = _HOME, as_json: Json = False) -> None:
         ("refused", ", ".join(f"{n} {reason}" for reason, n in sorted(data["refused"].items())) or "nothing"),
         ("up", f"{data['uptime_s']:.0f} s, process {data['pid']}"),
     ]
-    table = Table(show_header=False, box=None, pad_edge=False)
     for name, value in rows:
-        table.add_row(f"[bold]{name}[/bold]", value)
-    out.print(table)
+        # Not a table: it would cut what people copy from here.
+        out.print(f"[bold]{name:8}[/bold] {escape(value)}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -128,11 +133,18 @@ def peers(home: Home = _HOME, as_json: Json = False) -> None:
     if as_json:
         _print_json(rows)
         return
-    table = Table("peer", "state", "round", "failures", "last reason", box=None, pad_edge=False)
+    if not rows:
+        out.print("no peer known yet")
     for row in sorted(rows, key=lambda row: (row["state"] != "live", row["peer"])):
-        name = row["peer"] + (" (bootstrap)" if row["bootstrap"] else "")
-        table.add_row(name, row["state"], str(row["round"]), str(row["failures"]), escape(row["last_reason"]))
-    out.print(table if rows else "no peer known yet")
+        state = row["state"] + (", bootstrap" if row["bootstrap"] else "")
+        failed = f", {row['failures']} failures" if row["failures"] else ""
+        reason = f", last: {escape(row['last_reason'])}" if row["last_reason"] else ""
+        where = " ".join(map(escape, row["addresses"]))
+        out.print(
+            f"[bold]{escape(row['peer'])}[/bold] {state}, round {row['round']}{failed}{reason}\n    {where}",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 @app.command()

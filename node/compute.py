@@ -15,7 +15,6 @@ from node.store import BlobStore
 from node.tasks import Task, build_model
 from node.training import evaluate, train
 from node.weights import encode_params, load_params
-from protocols.errors import CoveyError
 from protocols.events import Aggregate, Aggregated, Evaluate, Evaluated, Train, Trained, WorkFailed
 from protocols.vocabulary import ModelRef
 
@@ -89,7 +88,7 @@ class Work:
                 case Evaluate():
                     params = self._models.load(order.ref)
                     return Evaluated(order.token, evaluate(self._task, params, model=self._model))
-        except (CoveyError, ValueError, RuntimeError, OSError, MemoryError) as error:
+        except Exception as error:  # a user's model, loss or metrics may raise anything
             return WorkFailed(order.token, f"{type(error).__name__}: {error}"[:240])
 
     def _train(self, order: Train) -> Trained:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 import msgspec
 from msgspec import Meta, Struct, field
 
+from node.addresses import MAX_PORT, split_tcp
 from node.core import LEARNING, CoreSettings
 from node.settings import Shard, TrainingSettings
 from protocols.errors import ConfigError
@@ -67,7 +68,7 @@ class ApiConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """The HTTP API, on this machine only."""
 
     enabled: bool = True
-    port: Annotated[int, Meta(ge=0, le=65535)] = 0
+    port: Annotated[int, Meta(ge=0, le=MAX_PORT)] = 0
     """0 takes a free one; `api.json` in the home says which."""
 
 
@@ -204,11 +205,24 @@ def _check(config: Config) -> None:
                 f"'{address}' names no peer",
                 ["/ip4/<address>/tcp/<port>/p2p/<peer id>, as printed by `covey init` and `covey status`"],
             )
-    for index, address in enumerate(config.network.listen):
-        if not re.fullmatch(r"/(ip4|ip6|dns|dns4|dns6)/[^/]+/tcp/\d+", address):
-            raise ConfigError(
-                f"network.listen[{index}]", f"'{address}' is not a TCP multiaddr", ["/ip4/0.0.0.0/tcp/4001"]
-            )
+    for name in ("listen", "announce"):
+        for index, address in enumerate(getattr(config.network, name)):
+            path = f"network.{name}[{index}]"
+            kind, _, _ = split_tcp(address, path)
+            if peer_of(address) is not None:
+                raise ConfigError(
+                    path,
+                    f"'{address}' ends in a peer id; the node adds its own",
+                    [address.partition("/p2p/")[0]],
+                )
+            if name == "listen" and kind.startswith("dns"):
+                raise ConfigError(
+                    path, f"'{address}' is a name; a node listens on an IP", ["/ip4/0.0.0.0/tcp/4001"]
+                )
+    if config.network.target_degree > config.network.max_degree:
+        raise ConfigError(
+            "network.target_degree", "is more than max_degree", [f"0 to {config.network.max_degree}"]
+        )
     if config.network.dead_after_s < 2 * config.network.heartbeat_s:
         raise ConfigError(
             "network.dead_after_s", "would take one lost heartbeat for a death", [">= 2 * heartbeat_s"]
@@ -235,11 +249,16 @@ def _render_table(path: str, table: Mapping[str, Any]) -> list[str]:
     plain = {
         key: value for key, value in table.items() if value is not None and not isinstance(value, Mapping)
     }
-    nested = {key: value for key, value in table.items() if isinstance(value, Mapping) and value}
-    lines = [f"{key} = {toml_value(value)}" for key, value in plain.items()]
+    nested = {key: value for key, value in table.items() if isinstance(value, Mapping)}
+    lines = [f"{_toml_key(key)} = {toml_value(value)}" for key, value in plain.items()]
     for key, value in nested.items():
-        lines += ["", f"[{path}.{key}]", *_render_table(f"{path}.{key}", value)]
+        inner = f"{path}.{_toml_key(key)}"
+        lines += ["", f"[{inner}]", *_render_table(inner, value)]
     return lines
+
+
+def _toml_key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else toml_value(key)
 
 
 def toml_value(value: Any) -> str:
@@ -248,10 +267,13 @@ def toml_value(value: Any) -> str:
         case bool():
             return "true" if value else "false"
         case str():
-            return msgspec.json.encode(value).decode()  # a JSON string is a TOML basic string
+            # A JSON string is a TOML basic string, but for one control character.
+            return msgspec.json.encode(value).decode().replace("\x7f", "\\u007f")
         case int() | float():
             return repr(value)
         case Mapping():
-            return "{" + ", ".join(f"{key} = {toml_value(item)}" for key, item in value.items()) + "}"
+            return (
+                "{" + ", ".join(f"{_toml_key(key)} = {toml_value(item)}" for key, item in value.items()) + "}"
+            )
         case _:
             return "[" + ", ".join(toml_value(item) for item in value) + "]"

@@ -9,7 +9,7 @@ from collections import deque
 
 from msgspec import Struct, field
 
-from protocols.events import Effect, Event, Halt, ModelArrived, Notice, PeerDown, PeerUp, Phase, StopRequested
+from protocols.events import Effect, Event, Halt, Notice, Phase, StopRequested
 from protocols.exchange import Exchange, ExchangeSettings
 from protocols.gossip import Gossip, GossipSettings
 from protocols.messages import Hello
@@ -59,7 +59,7 @@ class NodeCore:
         return effects
 
     def _route(self, now: float, event: Event | Notice) -> list[Effect | Notice]:
-        out = [] if isinstance(event, PeerUp | PeerDown | ModelArrived) else self.view.step(now, event)
+        out = [] if isinstance(event, Notice) else self.view.step(now, event)
         out += self.exchange.step(now, event)
         if self.learning is not None:
             out += self.learning.step(now, event)

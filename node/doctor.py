@@ -2,7 +2,6 @@
 
 import asyncio
 import re
-import socket
 import tempfile
 from pathlib import Path
 from typing import Literal
@@ -10,6 +9,7 @@ from typing import Literal
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from msgspec import Struct
 
+from node.addresses import check_free
 from node.api import call
 from node.config import CONFIG_FILE, Config, load_config
 from node.identity import KEY_FILE, load_key, peer_id_of
@@ -86,19 +86,11 @@ def _examine_port(config: Config, running: dict[str, object] | None) -> Finding:
         assert isinstance(addresses, list)
         return Finding("port", "ok", f"listening on {', '.join(addresses)}")
     for address in config.network.listen:
-        _, kind, host, _, port = address.split("/")
-        family = socket.AF_INET6 if kind.endswith("6") else socket.AF_INET
         try:
-            with socket.socket(family, socket.SOCK_STREAM) as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind((host, int(port)))
-        except OSError as error:
-            return Finding(
-                "port",
-                "failed",
-                f"{address} cannot be listened on: {error.strerror or error}",
-                "end the program that holds the port, or change network.listen",
-            )
+            check_free(address)
+        except LocalError as error:
+            problem, _, remedy = str(error).partition("; ")
+            return Finding("port", "failed", problem, remedy)
     return Finding("port", "ok", f"free: {', '.join(config.network.listen)}")
 
 
@@ -113,11 +105,12 @@ def _examine_task(config: Config, home: Path) -> tuple[Hello | None, Finding]:
         try:
             task = make_task(config.task.name, config.task.options, home, config.task.shard)
             build(config.learning.rule)
-        except (CoveyError, ValueError) as error:
+            name, schema = task.name, schema_hash(task.name, schema_of(initial_params(task, 0)))
+        except Exception as error:  # a user's model may raise anything
+            detail = str(error) if isinstance(error, CoveyError | ValueError) else repr(error)
             return None, Finding(
-                "task", "failed", str(error), f"correct [task] or learning.rule in {home / CONFIG_FILE}"
+                "task", "failed", detail, f"correct [task] or learning.rule in {home / CONFIG_FILE}"
             )
-        name, schema = task.name, schema_hash(task.name, schema_of(initial_params(task, 0)))
         detail = f"{task.name}: {len(task.train[1])} training samples, schema {schema.hex()[:12]}"
     else:
         detail = "none: this node only helps others find each other"
@@ -142,25 +135,25 @@ async def _examine_bootstrap(address: str, hello: Hello | None) -> Finding:
                     "ask its operator for the address with the present peer id",
                 )
             case DialFailed(_, reason, detail):
-                return Finding(
-                    step, "failed", f"{reason.value}: {detail}", "is it a covey node, and not too old?"
-                )
+                return Finding(step, "failed", f"{reason.value}: {detail}", _NOT_COVEY)
             case Received(_, Refuse(reason, detail)):
                 return Finding(
-                    step, "failed", f"it refuses us, {reason.value}: {detail}", _REMEDIES.get(reason, "")
+                    step,
+                    "failed",
+                    f"it refuses us, {reason.value}: {detail}",
+                    _REMEDIES.get(reason, _NOT_COVEY),
                 )
             case Received(_, Hello() as theirs):
                 found = mismatch(hello, theirs)
                 if found:
-                    return Finding(
-                        step, "failed", f"{found[0].value}: {found[1]}", _REMEDIES.get(found[0], "")
-                    )
+                    return Finding(step, "failed", f"{found[0].value}: {found[1]}", _REMEDIES[found[0]])
                 return Finding(step, "ok", f"greeted: network '{theirs.network}', task '{theirs.task}'")
             case _:
                 continue
-    return Finding(step, "failed", "connected, but no greeting came", "is it a covey node, and not too old?")
+    return Finding(step, "failed", "connected, but no greeting came", _NOT_COVEY)
 
 
+_NOT_COVEY = "is it a covey node, and not too old?"
 _REMEDIES = {
     Reason.VERSION: "bring both nodes to the same covey version",
     Reason.NETWORK: "set network.name to theirs",

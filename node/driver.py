@@ -5,11 +5,13 @@ delays a message; what touches the disk for long runs on another.
 """
 
 import asyncio
+import contextlib
 import queue
+import sqlite3
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import assert_never
+from typing import TypeVar, assert_never
 
 from node.compute import WorkOrder, WorkResult
 from node.core import NodeCore
@@ -34,6 +36,7 @@ from protocols.events import (
     KeepPeer,
     Penalise,
     Received,
+    Record,
     RoundDone,
     Send,
     SetTimer,
@@ -44,6 +47,7 @@ from protocols.events import (
 from protocols.vocabulary import ModelRef
 
 Perform = Callable[[WorkOrder], WorkResult]
+T = TypeVar("T")
 
 
 class WorkerThread:
@@ -86,6 +90,7 @@ class Driver:
         self._worker = WorkerThread(perform, self._from_worker)
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="disk")
         self._network: Network | None = None
+        self._fetch_began_at: dict[int, float] = {}
         self.halted = asyncio.Event()
 
     def attach(self, network: Network) -> None:
@@ -109,7 +114,7 @@ class Driver:
         self._disk.shutdown(wait=True)
 
     def _from_worker(self, result: WorkResult) -> None:
-        if not self._loop.is_closed():
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits for it any more
             self._loop.call_soon_threadsafe(self.handle, result)
 
     def _do(self, effect: Effect) -> None:
@@ -123,19 +128,18 @@ class Driver:
             case Train() | Aggregate() | Evaluate():
                 self._worker.submit(effect)
             case Fetch(token, peer, ref):
+                self._fetch_began_at[token] = self._clock.now()
                 self._network.fetch(token, peer, ref)
             case Keep(ref):
                 self._disk.submit(self._keep, ref)
             case Forget(ref):
                 self._disk.submit(self._store.forget, ref.digest)
             case Emit(record):
-                self._telemetry.record(record, self._wall_clock())
-                if isinstance(record, RoundDone):
-                    self._history.add_round(record, self._wall_clock())
+                self._write(self._record, record)
             case Penalise(peer, reason, detail):
                 self._telemetry.refusal(peer, reason, detail)
             case KeepPeer(record):
-                self._history.remember(record, self._wall_clock())
+                self._write(self._history.remember, record)
             case Dial(address):
                 self._network.dial(address)
             case Disconnect(peer, reason):
@@ -145,19 +149,35 @@ class Driver:
             case _:
                 assert_never(effect)
 
+    def _record(self, record: Record, at_s: float) -> None:
+        self._telemetry.record(record, at_s)
+        if isinstance(record, RoundDone):
+            self._history.add_round(record, at_s)
+
+    def _write(self, action: Callable[[T, float], None], record: T) -> None:
+        """A full disk loses a record, not the effects that come after it."""
+        try:
+            action(record, self._wall_clock())
+        except (OSError, sqlite3.Error) as error:
+            self._telemetry.warning("record not written", reason=str(error))
+
     def _keep(self, ref: ModelRef) -> None:
         try:
             self._store.keep(ref)
         except LocalError as error:
             self._telemetry.warning("checkpoint not kept", reason=str(error))
 
+    def _fetch_took(self, token: int) -> float:
+        now = self._clock.now()
+        return now - self._fetch_began_at.pop(token, now)
+
     def _count(self, event: Event | NetworkEvent) -> None:
         match event:
             case Received(_, message):
                 self._telemetry.message("in", str(type(message).__struct_config__.tag))
-            case Fetched():
-                self._telemetry.fetch("ok")
-            case FetchFailed(_, reason):
-                self._telemetry.fetch(reason.value)
+            case Fetched(token):
+                self._telemetry.fetch("ok", self._fetch_took(token))
+            case FetchFailed(token, reason):
+                self._telemetry.fetch(reason.value, self._fetch_took(token))
             case _:
                 pass

@@ -43,6 +43,8 @@ def create_key(path: Path) -> Ed25519PrivateKey:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     except FileExistsError as error:
         raise LocalError(f"{path} exists already; a node keeps its key for life") from error
+    except OSError as error:
+        raise LocalError(f"{path} cannot be written: {error.strerror}") from error
     with os.fdopen(descriptor, "wb") as file:
         file.write(pem)
         file.flush()
@@ -60,6 +62,8 @@ def load_key(path: Path) -> Ed25519PrivateKey:
         pem = path.read_bytes()
     except FileNotFoundError as error:
         raise LocalError(f"no key at {path}; make a home with `covey init`") from error
+    except OSError as error:
+        raise LocalError(f"{path} cannot be read: {error.strerror}") from error
     if path.stat().st_mode & 0o077:
         raise LocalError(f"{path} can be read by others; run: chmod 600 {path}")
     try:

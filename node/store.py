@@ -24,6 +24,8 @@ from protocols.vocabulary import CHUNK_BYTES, Digest, ModelRef, PeerRecord, Reas
 NUM_CHECKPOINTS = 3
 """The newest may be damaged by the disk; two older ones stand behind it."""
 MAX_STORED_PEERS = 1024
+MAX_STORED_ROUNDS = 100_000
+"""The oldest go first; `rounds.jsonl` has them all."""
 
 
 class HomeLock:
@@ -143,9 +145,12 @@ class BlobStore:
     def incoming(self, ref: ModelRef) -> Incoming:
         """Begin to take in a blob, or go on where an earlier attempt broke off."""
         digest = Digest(ref.digest)
-        if digest not in self._incoming:
-            self._incoming[digest] = Incoming(self._path(digest).with_suffix(".part"), ref)
-        return self._incoming[digest]
+        found = self._incoming.get(digest)
+        # The first chunk proves the size. Until then a peer that lied about it must not spoil the next one's try.
+        unproven = found is not None and found.ref != ref and not found.next_chunk and not found.busy
+        if found is None or unproven:
+            found = self._incoming[digest] = Incoming(self._path(digest).with_suffix(".part"), ref)
+        return found
 
     def admit(self, incoming: Incoming, chunk_hashes: tuple[bytes, ...]) -> None:
         """The one gate for what peers send: schema, dtypes, shapes and finiteness, then the name.
@@ -244,6 +249,12 @@ def parse_checkpoint_name(path: Path) -> tuple[int, int, Digest]:
 
 
 def verify_checkpoint(path: Path) -> tuple[ModelRef, tuple[bytes, ...]]:
+    """A checkpoint's reference and chunk hashes.
+
+    Raises:
+        LocalError: its name is not one of ours.
+        PeerError: its bytes are not what its name says.
+    """
     round_, num_samples, digest = parse_checkpoint_name(path)
     data = path.read_bytes()
     found, hashes = hash_blob(data)
@@ -264,16 +275,21 @@ class History:
     """Peers worth dialling again, and the rounds so far, in SQLite. Times are Unix seconds, given."""
 
     def __init__(self, home: Path) -> None:
-        self._db = sqlite3.connect(home / "covey.db")
+        path = home / "covey.db"
+        try:
+            self._db = sqlite3.connect(path)
+        except sqlite3.Error as error:
+            raise LocalError(f"{path} cannot be opened ({error}); move it away, it is rebuilt") from error
         try:
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = NORMAL")
             self._db.executescript(_TABLES)
+            (problem,) = self._db.execute("PRAGMA quick_check(1)").fetchone()
+            if problem != "ok":
+                raise sqlite3.DatabaseError(problem.splitlines()[-1])
         except sqlite3.DatabaseError as error:
             self._db.close()
-            raise LocalError(
-                f"{home / 'covey.db'} is damaged ({error}); move it away, it is rebuilt"
-            ) from error
+            raise LocalError(f"{path} is damaged ({error}); move it away, it is rebuilt") from error
 
     def remember(self, record: PeerRecord, at_s: float) -> None:
         """A peer answered at these addresses."""
@@ -299,6 +315,9 @@ class History:
             self._db.execute(
                 "INSERT INTO rounds VALUES (?, ?, ?, ?)",
                 (record.round, at_s, record.num_merged, json.dumps(dict(record.metrics))),
+            )
+            self._db.execute(
+                "DELETE FROM rounds WHERE rowid <= (SELECT max(rowid) FROM rounds) - ?", (MAX_STORED_ROUNDS,)
             )
 
     def rounds(self, last: int = 1000) -> list[dict[str, object]]:

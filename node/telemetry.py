@@ -3,7 +3,6 @@
 No label ever holds a peer id: a network of thousands would make thousands of series.
 """
 
-import json
 import logging
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, assert_never
 
 import msgspec
 import structlog
-from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from protocols.events import LearningDone, LinkChanged, Record, RoundDone, Trouble
 from protocols.vocabulary import PeerId, Reason
@@ -56,7 +55,14 @@ class Telemetry:
         self._refused = counter("refused", "What peers sent and was refused, by reason", "reason")
         self._messages = counter("messages", "Link messages", "direction", "kind")
         self._fetches = counter("fetches", "Models fetched from peers, by outcome", "outcome")
+        self._fetch_time = Histogram(
+            "covey_fetch_seconds",
+            "From the decision to fetch a model to its being held and checked",
+            buckets=(0.01, 0.1, 0.5, 1, 5, 10, 60, 300),
+            registry=self.registry,
+        )
         self._trouble = counter("trouble", "Work of our own that failed", "what")
+        self._message_counters: dict[tuple[str, str], Counter] = {}
         self._round = gauge("round", "The learning round")
         self._live = gauge("live_peers", "Greeted neighbours")
         self._merged = gauge("merged_models", "Received models in the last merge")
@@ -97,7 +103,7 @@ class Telemetry:
             self._metric.labels(name).set(value)
         line = {"at_s": round(at_s, 3), **msgspec.to_builtins(record)}
         with self._rounds_path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(msgspec.json.encode(line).decode() + "\n")
         shown = {name: round(value, 4) for name, value in record.metrics.items()}
         self._log.info("round done", round=record.round, merged=record.num_merged, **shown)
 
@@ -109,11 +115,16 @@ class Telemetry:
 
     def message(self, direction: str, kind: str) -> None:
         """A link message was sent (`out`) or received (`in`)."""
-        self._messages.labels(direction, kind).inc()
+        child = self._message_counters.get((direction, kind))
+        if child is None:
+            child = self._message_counters[direction, kind] = self._messages.labels(direction, kind)
+        child.inc()
 
-    def fetch(self, outcome: str) -> None:
-        """A fetch ended: `ok` or the reason it failed."""
+    def fetch(self, outcome: str, seconds: float) -> None:
+        """A fetch ended: `ok` or the reason it failed, and how long it took."""
         self._fetches.labels(outcome).inc()
+        if outcome == "ok":
+            self._fetch_time.observe(seconds)
 
     def bytes_moved(self, sent: int, received: int) -> None:
         """Totals so far."""

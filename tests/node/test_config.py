@@ -1,0 +1,294 @@
+"""The config file: every mistake by its path and with what is allowed, the environment on top, and there and back."""
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from node.cli import app
+from node.config import CONFIG_FILE, Config, convert_config, load_config, parse_config, to_toml, toml_value
+from protocols.errors import ConfigError
+from protocols.vocabulary import SchemaHash
+
+ADDRESS = "/ip4/10.0.0.1/tcp/4001/p2p/12D3KooWAbc"
+
+
+def refused(text: str, **environ: str) -> ConfigError:
+    with pytest.raises(ConfigError) as caught:
+        parse_config(text, environ, "covey.toml")
+    return caught.value
+
+
+# --- mistakes in the file -------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("text", "path", "problem", "allowed"),
+    [
+        (
+            "netwrok = 1",
+            "netwrok",
+            "no such setting",
+            "api, exchange, learning, log, network, task, training",
+        ),
+        (
+            "[log]\ncolour = true",
+            "log.colour",
+            "no such setting",
+            "json, level",
+        ),
+        ("[network]\nporrt = 1", "network.porrt", "no such setting", "heartbeat_s"),
+        ("[learning]\nround = 3", "learning.round", "no such setting", "rounds"),
+        ("[exchange]\nretries = 3", "exchange.retries", "no such setting", "max_attempts"),
+        ("[training]\nlr = 0.1", "training.lr", "no such setting", "learning_rate"),
+        ("[api]\nhost = '0.0.0.0'", "api.host", "no such setting", "enabled, port"),
+        ("[task]\noption = {}", "task.option", "no such setting", "name, options, seed, shard"),
+        (
+            "[task.shard]\nindex = 0\ncount = 2\nof = 3",
+            "task.shard.of",
+            "no such setting",
+            "alpha, count, index, partitioner, seed, shards_per_node",
+        ),
+        ("network = 3", "network", "expected `object`, got `int`", ""),
+        ("[network]\nname = 3", "network.name", "expected `str`, got `int`", ""),
+        ("[network]\nbootstrap = [1]", "network.bootstrap[0]", "expected `str`, got `int`", ""),
+        ("[network]\nstatic = 1", "network.static", "expected `bool`, got `int`", ""),
+        ("[learning]\nrule = 'mean'", "learning.rule", "expected `array`, got `str`", ""),
+        ("[learning]\nrule = ['mean', 3]", "learning.rule[1]", "expected `str | object`, got `int`", ""),
+        ("[task]\nseed = 'x'", "task.seed", "expected `int | null`, got `str`", ""),
+        ("[network]\ntarget_degree = 65", "network.target_degree", "expected `int` <= 64", ""),
+        ("[network]\nname = ''", "network.name", "expected `str` of length >= 1", ""),
+        ("[training]\nlearning_rate = 0", "training.learning_rate", "expected `float` > 0.0", ""),
+        ("[training]\nlearning_rate = nan", "training.learning_rate", "expected `float` > 0.0", ""),
+        ("[learning]\nquorum = 1.5", "learning.quorum", "expected `float` <= 1.0", ""),
+        ("[api]\nport = 70000", "api.port", "expected `int` <= 65535", ""),
+        ("[log]\nlevel = 'loud'", "log.level", "'loud' is not one", "debug, info, warning, error"),
+        ("[learning]\nprotocol = 'fed'", "learning.protocol", "'fed' is not one", "gossip, none"),
+        (
+            "[task.shard]\nindex = 0\ncount = 2\npartitioner = 'x'",
+            "task.shard.partitioner",
+            "'x' is not one of the choices",
+            "iid, dirichlet, shard",
+        ),
+        ("[task.shard]\nindex = 1", "task.shard.count", "must be given", ""),
+        ("[task.shard]\nindex = 4\ncount = 4", "task.shard.index", "4 of 4", "0 to 3"),
+        (
+            f"[network]\nbootstrap = ['{ADDRESS}', '/ip4/10.0.0.1/tcp/4001']",
+            "network.bootstrap[1]",
+            "'/ip4/10.0.0.1/tcp/4001' names no peer",
+            "/ip4/<address>/tcp/<port>/p2p/<peer id>",
+        ),
+        (
+            f"[network]\nannounce = ['{ADDRESS}']",
+            "network.announce[0]",
+            f"'{ADDRESS}' ends in a peer id; the node adds its own",
+            "/ip4/10.0.0.1/tcp/4001",
+        ),
+        (
+            "[network]\nlisten = ['/dns4/a.example/tcp/4001']",
+            "network.listen[0]",
+            "'/dns4/a.example/tcp/4001' is a name; a node listens on an IP",
+            "/ip4/0.0.0.0/tcp/4001",
+        ),
+        ("[network]\ntarget_degree = 25", "network.target_degree", "is more than max_degree", "0 to 24"),
+        (
+            "[network]\ndead_after_s = 9\nheartbeat_s = 5",
+            "network.dead_after_s",
+            "would take one lost heartbeat for a death",
+            ">= 2 * heartbeat_s",
+        ),
+    ],
+)
+def test_a_mistake_is_told_with_its_path_and_what_is_allowed(
+    text: str, path: str, problem: str, allowed: str
+) -> None:
+    error = refused(text)
+    assert error.path == path
+    assert error.problem.startswith(problem)
+    assert allowed in error.allowed
+    assert str(error).startswith(f"{path}: {problem}")
+    assert allowed in str(error)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "4001",
+        "/ip4/0.0.0.0/udp/4001",
+        "/ip4/0.0.0.0/tcp/4001/ws",
+        "/ip4/0.0.0.0/tcp/",
+        "/ip4/0.0.0.0/tcp/65536",
+    ],
+)
+@pytest.mark.parametrize("setting", ["listen", "announce"])
+def test_an_address_is_tcp_with_a_port_that_exists(setting: str, address: str) -> None:
+    error = refused(f"[network]\n{setting} = ['/ip6/::/tcp/0', '{address}']")
+    assert (error.path, error.allowed) == (f"network.{setting}[1]", "/ip4/0.0.0.0/tcp/4001")
+    assert address in str(error)
+
+
+def test_a_name_may_be_announced() -> None:
+    config = parse_config("[network]\nannounce = ['/dns4/a.example/tcp/4001']", {})
+    assert config.network.announce == ("/dns4/a.example/tcp/4001",)
+
+
+def test_text_that_is_not_toml_is_told_with_the_file_and_line() -> None:
+    error = refused("[network\nname = 1")
+    assert error.path == "covey.toml"
+    assert "is not TOML" in str(error)
+    assert "line 1" in str(error)
+
+
+def test_a_missing_file_names_the_command_that_makes_one(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot be read .*covey init") as caught:
+        load_config(tmp_path, {})
+    assert caught.value.path == str(tmp_path / CONFIG_FILE)
+
+
+def test_a_file_in_another_encoding_is_refused(tmp_path: Path) -> None:
+    (tmp_path / CONFIG_FILE).write_bytes("[network]\nname = 'café'".encode("latin-1"))
+    with pytest.raises(ConfigError, match="is not UTF-8 text"):
+        load_config(tmp_path, {})
+
+
+def test_an_empty_file_is_every_default() -> None:
+    assert parse_config("", {}) == Config()
+
+
+# --- the environment ------------------------------------------------------------------------------------
+def test_the_environment_goes_on_top_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / CONFIG_FILE).write_text("[network]\nname = 'file'\ntarget_degree = 3\n")
+    config = load_config(tmp_path, {"COVEY_NETWORK__NAME": "env", "HOME": "/x", "COVEY_HOME": "/y"})
+    assert (config.network.name, config.network.target_degree) == ("env", 3)
+
+
+def test_the_environment_sets_numbers_flags_lists_and_nested_tables() -> None:
+    config = parse_config(
+        "",
+        {
+            "COVEY_NETWORK__TARGET_DEGREE": "4",
+            "COVEY_NETWORK__BOOTSTRAP": f'["{ADDRESS}"]',
+            "COVEY_LEARNING__QUORUM": "0.75",
+            "COVEY_LEARNING__RULE": '["mean", {name = "variance.corrected"}]',
+            "COVEY_LOG__JSON": "true",
+            "COVEY_TASK__NAME": "my_task.py:make_task",
+            "COVEY_TASK__OPTIONS__HIDDEN": "[8, 8]",
+            "COVEY_TASK__SHARD__INDEX": "1",
+            "COVEY_TASK__SHARD__COUNT": "3",
+        },
+    )
+    assert config.network.target_degree == 4
+    assert config.network.bootstrap == (ADDRESS,)
+    assert config.learning.quorum == 0.75
+    assert config.learning.rule == ("mean", {"name": "variance.corrected"})
+    assert config.log.json
+    assert config.task.name == "my_task.py:make_task"
+    assert config.task.options == {"hidden": [8, 8]}
+    assert config.task.shard is not None
+    assert (config.task.shard.index, config.task.shard.count) == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("COVEY_NETWORK__DEGREE", "4", "network.degree: no such setting"),
+        ("COVEY_NETWORK", "4", "network: expected `object`, got `int`"),
+        ("COVEY_TYPO", "4", "typo: no such setting"),
+        ("COVEY_NETWORK__TARGET_DEGREE", "four", "network.target_degree: expected `int`, got `str`"),
+        ("COVEY_NETWORK__NAME__X", "1", "COVEY_NETWORK__NAME__X: 'name' is a value, not a table"),
+        ("COVEY_LOG__LEVEL", "loud", "log.level: 'loud' is not one of the choices"),
+    ],
+)
+def test_a_mistake_in_the_environment_is_told_like_one_in_the_file(
+    name: str, value: str, message: str
+) -> None:
+    assert str(refused("[network]\nname = 'net'", **{name: value})).startswith(message)
+
+
+# --- there and back -------------------------------------------------------------------------------------
+keys = st.text(st.characters(codec="utf-8"), max_size=8)
+plain = st.one_of(
+    st.booleans(),
+    st.integers(-(2**63), 2**63 - 1),
+    st.floats(allow_nan=False),
+    st.text(st.characters(codec="utf-8"), max_size=20),
+)
+values = st.recursive(
+    plain, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=3), max_leaves=6
+)
+tables = st.fixed_dictionaries(
+    {},
+    optional={
+        "network": st.fixed_dictionaries(
+            {},
+            optional={
+                "name": st.text(st.characters(codec="utf-8"), min_size=1, max_size=64),
+                "bootstrap": st.lists(st.sampled_from([ADDRESS, "/dns/a.example/tcp/1/p2p/x"]), max_size=2),
+                "target_degree": st.integers(0, 24),
+                "heartbeat_s": st.floats(0.001, 10),
+                "static": st.booleans(),
+            },
+        ),
+        "learning": st.fixed_dictionaries(
+            {},
+            optional={
+                "quorum": st.floats(0, 1),
+                "rule": st.lists(
+                    st.sampled_from(["mean", {"name": "mean"}, {"name": "variance.corrected", "c": 0.5}]),
+                    max_size=2,
+                ),
+            },
+        ),
+        "task": st.fixed_dictionaries(
+            {},
+            optional={
+                "options": st.dictionaries(keys, values, max_size=3),
+                "seed": st.integers(0, 2**62),
+                "shard": st.fixed_dictionaries({"index": st.integers(0, 3), "count": st.integers(4, 9)}),
+            },
+        ),
+        "log": st.fixed_dictionaries({}, optional={"level": st.sampled_from(["debug", "error"])}),
+    },
+)
+
+
+@settings(derandomize=True, deadline=None, max_examples=200)
+@given(tables)
+def test_a_config_written_as_toml_loads_back_equal(data: dict[str, Any]) -> None:
+    config = convert_config(data)
+    assert parse_config(to_toml(config), {}) == config
+
+
+@pytest.mark.parametrize(
+    "text", ["plain", 'with "quotes"', "back\\slash", "line\nbreak", "\x7f\x00\x1f", "é😀"]
+)
+def test_any_text_is_a_toml_value(text: str) -> None:
+    assert tomllib.loads(f"x = {toml_value(text)}")["x"] == text
+
+
+def test_a_written_config_shows_every_default() -> None:
+    shown = tomllib.loads(to_toml(Config()))
+    assert set(shown) == set(Config.__struct_fields__)
+    assert set(shown["network"]) == set(Config().network.__struct_fields__)
+    assert shown["training"] == msgspec.to_builtins(Config().training)
+
+
+@pytest.mark.parametrize("protocol", ["gossip", "none"])
+def test_what_init_writes_loads(tmp_path: Path, protocol: str) -> None:
+    arguments = ["--home", str(tmp_path), "--bootstrap", ADDRESS, "--protocol", protocol]
+    result = CliRunner().invoke(app, ["init", *arguments, "--network", 'a "quoted" name'])
+    assert result.exit_code == 0, result.output
+    config = load_config(tmp_path, {})
+    assert config.network.bootstrap == (ADDRESS,)
+    assert config.network.name == 'a "quoted" name'
+    assert config.learns == (protocol == "gossip")
+
+
+def test_the_core_is_told_what_the_config_says() -> None:
+    config = parse_config("[network]\nname = 'net'\n[learning]\nrounds = 5\n[exchange]\nretry_s = 2", {})
+    core = config.core_settings("digits", SchemaHash(bytes(32)), 1000)
+    assert (core.network, core.task, core.max_model_bytes) == ("net", "digits", 1000)
+    assert (core.gossip.rounds, core.exchange.retry_s, core.learning) == (5, 2.0, "gossip")

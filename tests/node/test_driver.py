@@ -1,0 +1,363 @@
+"""The shell of a core: each effect does its one thing, and what comes of it returns. The core here is a script."""
+
+import asyncio
+import sqlite3
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+import pytest
+
+from node.compute import WorkOrder, WorkResult
+from node.driver import Driver
+from protocols.errors import LocalError
+from protocols.events import (
+    Aggregate,
+    Aggregated,
+    Dial,
+    Disconnect,
+    Effect,
+    Emit,
+    Evaluate,
+    Evaluated,
+    Event,
+    Fetch,
+    Fetched,
+    FetchFailed,
+    Forget,
+    Halt,
+    Input,
+    Keep,
+    KeepPeer,
+    LearningDone,
+    LinkUp,
+    Penalise,
+    Received,
+    RoundDone,
+    Send,
+    SetTimer,
+    Started,
+    StopRequested,
+    Timer,
+    TimerFired,
+    Train,
+    Trained,
+    WorkFailed,
+)
+from protocols.messages import Bye, Heartbeat
+from protocols.vocabulary import ModelRef, PeerId, PeerRecord, Reason
+
+A = PeerId("a")
+REF = ModelRef(b"r" * 32, 100, 3, 10)
+WALL = 1_700_000_000.0
+BEGIN = Started((), (), None)
+
+
+class ScriptedCore:
+    """Answers each event with the effects prepared for it, and notes all it was told."""
+
+    def __init__(self) -> None:
+        self.script: dict[Event, Sequence[Effect]] = {}
+        self.heard: list[tuple[float, Event]] = []
+        self.changed = asyncio.Event()
+
+    def step(self, now: float, event: Event) -> list[Effect]:
+        self.heard.append((now, event))
+        self.changed.set()
+        return list(self.script.get(event, ()))
+
+    @property
+    def events(self) -> list[Event]:
+        return [event for _, event in self.heard]
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        async with asyncio.timeout(10):
+            while not condition():
+                self.changed.clear()
+                await self.changed.wait()
+
+
+class Recorder:
+    """Stands for the network, the store, the history and the telemetry: notes every call, in order."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self.errors: dict[str, Exception] = {}
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        def note(*args: object, **options: object) -> None:
+            self.calls.append((name, *args, *options.values()))
+            if name in self.errors:
+                raise self.errors[name]
+
+        return note
+
+
+class FakeClock:
+    def __init__(self) -> None:
+        self.at_s = 42.0
+
+    def now(self) -> float:
+        return self.at_s
+
+
+class Shell:
+    """A driver between a scripted core and recorders."""
+
+    def __init__(self, perform: Callable[[WorkOrder], WorkResult]) -> None:
+        self.core, self.clock = ScriptedCore(), FakeClock()
+        self.network, self.store, self.history, self.telemetry = (Recorder() for _ in range(4))
+        self.driver = Driver(
+            self.core,  # type: ignore[arg-type]
+            self.clock,
+            lambda: WALL,
+            self.store,  # type: ignore[arg-type]
+            self.history,  # type: ignore[arg-type]
+            self.telemetry,  # type: ignore[arg-type]
+            perform,
+        )
+        self.driver.attach(self.network)  # type: ignore[arg-type]
+
+    def perform(self, *effects: Effect) -> None:
+        """Have the core ask for these effects; back when the disk is through with its part."""
+        self.core.script[BEGIN] = effects
+        self.driver.handle(BEGIN)
+        self.driver._disk.submit(lambda: None).result(timeout=10)
+
+    def calls(self) -> dict[str, list[tuple[Any, ...]]]:
+        parts = {"network": self.network, "store": self.store, "history": self.history}
+        parts["telemetry"] = self.telemetry
+        return {name: part.calls for name, part in parts.items() if part.calls}
+
+
+def answer(order: WorkOrder) -> WorkResult:
+    match order:
+        case Train(token):
+            return Trained(token, REF)
+        case Aggregate(token):
+            return Aggregated(token, REF)
+        case Evaluate(token):
+            return Evaluated(token, {"accuracy": 0.5})
+
+
+@pytest.fixture
+async def shell() -> AsyncIterator[Shell]:
+    shell = Shell(answer)
+    yield shell
+    shell.driver.close()
+
+
+ROUND = RoundDone(3, 2, 0, {"accuracy": 0.5}, 1.0)
+PEER = PeerRecord(A, ("/ip4/1.1.1.1/tcp/1/p2p/a",))
+
+
+# --- out ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("effect", "expected"),
+    [
+        (
+            Send(A, Heartbeat(1, True)),
+            {"telemetry": [("message", "out", "beat")], "network": [("send", A, Heartbeat(1, True))]},
+        ),
+        (Dial("/ip4/1.1.1.1/tcp/1/p2p/a"), {"network": [("dial", "/ip4/1.1.1.1/tcp/1/p2p/a")]}),
+        (Disconnect(A, Reason.TASK), {"network": [("disconnect", A, Reason.TASK)]}),
+        (Fetch(7, A, REF), {"network": [("fetch", 7, A, REF)]}),
+        (Keep(REF), {"store": [("keep", REF)]}),
+        (Forget(REF), {"store": [("forget", REF.digest)]}),
+        (Emit(LearningDone(9)), {"telemetry": [("record", LearningDone(9), WALL)]}),
+        (Emit(ROUND), {"telemetry": [("record", ROUND, WALL)], "history": [("add_round", ROUND, WALL)]}),
+        (Penalise(A, Reason.TASK, "why"), {"telemetry": [("refusal", A, Reason.TASK, "why")]}),
+        (KeepPeer(PEER), {"history": [("remember", PEER, WALL)]}),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Effect) else "",
+)
+async def test_an_effect_does_exactly_its_thing(
+    shell: Shell, effect: Effect, expected: dict[str, list[tuple[Any, ...]]]
+) -> None:
+    shell.perform(effect)
+    assert shell.calls() == expected
+    assert shell.core.heard == [(42.0, BEGIN)]
+    assert not shell.driver.halted.is_set()
+
+
+async def test_effects_are_performed_in_the_order_given(shell: Shell) -> None:
+    shell.perform(Send(A, Heartbeat(1, True)), Send(A, Bye()), Disconnect(A, Reason.LEAVING))
+    assert shell.network.calls == [
+        ("send", A, Heartbeat(1, True)),
+        ("send", A, Bye()),
+        ("disconnect", A, Reason.LEAVING),
+    ]
+
+
+async def test_a_model_is_kept_before_it_is_forgotten(shell: Shell) -> None:
+    shell.perform(Keep(REF), Forget(REF))
+    assert [call[0] for call in shell.store.calls] == ["keep", "forget"]
+
+
+async def test_a_timer_fires_with_its_own_name_and_token(shell: Shell) -> None:
+    timer = Timer("learning", "pause", 17)
+    shell.perform(SetTimer(timer, 0.0))
+    await shell.core.until(lambda: len(shell.core.heard) == 2)
+    assert shell.core.heard[1] == (42.0, TimerFired(timer))
+
+
+async def test_a_later_timer_fires_later(shell: Shell) -> None:
+    late, soon = Timer("view", "beat", 1), Timer("view", "redial", 2)
+    shell.perform(SetTimer(late, 0.02), SetTimer(soon, 0.0))
+    await shell.core.until(lambda: len(shell.core.heard) == 3)
+    assert shell.core.events[1:] == [TimerFired(soon), TimerFired(late)]
+
+
+# --- back -----------------------------------------------------------------------------------------------
+async def test_results_of_work_come_back_in_order_with_their_tokens(shell: Shell) -> None:
+    shell.perform(Train(1, REF, 3), Aggregate(2, REF, (Input(A, REF, 0),)), Evaluate(3, REF))
+    await shell.core.until(lambda: len(shell.core.heard) == 4)
+    assert shell.core.events[1:] == [Trained(1, REF), Aggregated(2, REF), Evaluated(3, {"accuracy": 0.5})]
+
+
+async def test_results_are_handed_over_on_the_loop(shell: Shell) -> None:
+    threads: list[threading.Thread] = []
+    real = shell.core.step
+
+    def step(now: float, event: Event) -> list[Effect]:
+        threads.append(threading.current_thread())
+        return real(now, event)
+
+    shell.core.step = step  # type: ignore[method-assign]
+    shell.perform(Train(1, REF, 3))
+    await shell.core.until(lambda: len(shell.core.heard) == 2)
+    assert set(threads) == {threading.current_thread()}
+
+
+async def test_long_work_delays_no_event() -> None:
+    may_end, began = threading.Event(), threading.Event()
+
+    def perform(order: WorkOrder) -> WorkResult:
+        began.set()
+        assert may_end.wait(timeout=10)
+        return WorkFailed(order.token, "late")
+
+    shell = Shell(perform)
+    shell.core.script[BEGIN] = [Train(1, REF, 3)]
+    try:
+        shell.driver.handle(BEGIN)
+        assert await asyncio.to_thread(began.wait, 10)
+        up = LinkUp(A, True, "x")
+        shell.core.script[up] = [SetTimer(Timer("view", "beat", 1), 0.0), Send(A, Bye())]
+        shell.driver.handle(up)
+        await shell.core.until(lambda: len(shell.core.heard) == 3)
+        assert shell.network.calls == [("send", A, Bye())]
+        assert WorkFailed(1, "late") not in shell.core.events
+    finally:
+        may_end.set()
+    await shell.core.until(lambda: WorkFailed(1, "late") in shell.core.events)
+    shell.driver.close()
+
+
+@pytest.mark.parametrize(
+    ("event", "call"),
+    [
+        (Received(A, Heartbeat(1, True)), ("message", "in", "beat")),
+        (Fetched(1), ("fetch", "ok", 0.0)),
+        (FetchFailed(1, Reason.GONE), ("fetch", "gone", 0.0)),
+    ],
+)
+async def test_what_arrives_is_counted_once_and_passed_on(
+    shell: Shell, event: Event, call: tuple[Any, ...]
+) -> None:
+    shell.driver.handle(event)
+    assert shell.telemetry.calls == [call]
+    assert shell.core.events == [event]
+
+
+async def test_a_fetch_is_timed_from_the_order_to_its_end(shell: Shell) -> None:
+    shell.perform(Fetch(7, A, REF), Fetch(8, A, REF))
+    for at_s, event in ((43.5, FetchFailed(8, Reason.LINK)), (44.0, Fetched(7)), (50.0, Fetched(7))):
+        shell.clock.at_s = at_s
+        shell.driver.handle(event)
+    assert shell.telemetry.calls == [("fetch", "link", 1.5), ("fetch", "ok", 2.0), ("fetch", "ok", 0.0)]
+
+
+# --- the disk -------------------------------------------------------------------------------------------
+async def test_a_checkpoint_that_cannot_be_kept_is_warned_of(shell: Shell) -> None:
+    shell.store.errors["keep"] = LocalError("no space")
+    shell.perform(Keep(REF), Forget(REF))
+    assert shell.telemetry.calls == [("warning", "checkpoint not kept", "no space")]
+    assert shell.store.calls[-1] == ("forget", REF.digest), "and the disk goes on"
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "error", "effect"),
+    [
+        ("telemetry", "record", OSError(28, "No space left on device"), Emit(ROUND)),
+        ("history", "add_round", sqlite3.OperationalError("disk full"), Emit(ROUND)),
+        ("history", "remember", sqlite3.OperationalError("disk full"), KeepPeer(PEER)),
+    ],
+)
+async def test_a_record_that_cannot_be_written_does_not_stop_the_learning(
+    shell: Shell, part: str, name: str, error: Exception, effect: Effect
+) -> None:
+    getattr(shell, part).errors[name] = error
+    shell.perform(effect, Train(1, REF, 4))
+    assert ("warning", "record not written", str(error)) in shell.telemetry.calls
+    await shell.core.until(lambda: Trained(1, REF) in shell.core.events)
+
+
+async def test_close_waits_until_all_is_on_the_disk() -> None:
+    shell = Shell(answer)
+    may_end, kept = threading.Event(), []
+
+    def keep(ref: ModelRef) -> None:
+        assert may_end.wait(timeout=10)
+        kept.append(ref)
+
+    shell.store.keep = keep  # type: ignore[method-assign]
+    shell.core.script[StopRequested()] = [Keep(REF), Halt()]
+    shell.driver.request_stop()
+    assert shell.driver.halted.is_set()
+    closing = asyncio.create_task(asyncio.to_thread(shell.driver.close))
+    may_end.set()
+    await closing
+    assert kept == [REF]
+
+
+# --- the end --------------------------------------------------------------------------------------------
+async def test_halt_is_seen_and_nothing_reaches_the_core_after_it(shell: Shell) -> None:
+    timer = Timer("view", "beat", 1)
+    shell.core.script[StopRequested()] = [SetTimer(timer, 0.0), Train(1, REF, 3), Send(A, Bye()), Halt()]
+    shell.driver.request_stop()
+    await asyncio.wait_for(shell.driver.halted.wait(), 10)
+    shell.driver.handle(Received(A, Bye()))
+    shell.driver.request_stop()
+    done = asyncio.Event()
+    asyncio.get_running_loop().call_later(0.0, done.set)  # after the timer, which was set before
+    await done.wait()
+    assert shell.core.events == [StopRequested()]
+    assert shell.telemetry.calls == [("message", "out", "bye")]
+
+
+def test_a_result_after_the_loop_has_closed_is_dropped() -> None:
+    may_end, replied = threading.Event(), threading.Event()
+    errors: list[object] = []
+
+    def perform(order: WorkOrder) -> WorkResult:
+        if order.token == 2:
+            replied.set()  # the first result has been through the worker's hands
+        assert may_end.wait(timeout=10)
+        return WorkFailed(order.token, "")
+
+    async def run() -> None:
+        shell = Shell(perform)
+        shell.core.script[BEGIN] = [Train(1, REF, 0), Train(2, REF, 0)]
+        shell.driver.handle(BEGIN)
+        shell.driver.close()
+
+    hook = threading.excepthook
+    threading.excepthook = errors.append
+    try:
+        asyncio.run(run())
+        may_end.set()
+        assert replied.wait(timeout=10)
+    finally:
+        threading.excepthook = hook
+    assert errors == []
