@@ -25,7 +25,9 @@ def sim(
     rounds: Annotated[int, typer.Option(min=1, help="Learning rounds of each node.")] = 40,
     seed: Annotated[int, typer.Option(help="Decides everything; the same seed gives the same trace.")] = 0,
     topology: Annotated[str, typer.Option(help="regular, ring, full or discover.")] = "regular",
-    degree: Annotated[int, typer.Option(min=1, help="Links of each node.")] = 4,
+    degree: Annotated[
+        int | None, typer.Option(min=1, help="Links of each node; 4, or fewer in a smaller network.")
+    ] = None,
     start: Annotated[str, typer.Option(help="different or common first models.")] = "different",
     partitioner: Annotated[str, typer.Option(help="iid, dirichlet or shard.")] = "iid",
     alpha: Annotated[float, typer.Option(help="Of the Dirichlet split; smaller is more unequal.")] = 0.5,
@@ -55,7 +57,7 @@ def sim(
         "nodes": nodes,
         "seed": seed,
         "topology": topology,
-        "degree": degree,
+        "degree": max(1, min(4, nodes - 1)) if degree is None else degree,
         "start": start,
         "partitioner": partitioner,
         "alpha": alpha,

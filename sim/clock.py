@@ -23,8 +23,12 @@ class VirtualClock:
 
     def after(self, delay_s: float, action: Action) -> None:
         """Have `action` called `delay_s` from now."""
-        assert delay_s >= 0, "time does not go back"
-        heapq.heappush(self._heap, (self._now + delay_s, self._sequence, action))
+        self.at(self._now + delay_s, action)
+
+    def at(self, moment_s: float, action: Action) -> None:
+        """Have `action` called at this moment, to the last bit: a delay would be rounded."""
+        assert moment_s >= self._now, "time does not go back"
+        heapq.heappush(self._heap, (moment_s, self._sequence, action))
         self._sequence += 1
 
     def step(self) -> bool:

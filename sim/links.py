@@ -99,11 +99,11 @@ class SimNetwork:
         if peer is None:
             self._soon(me, DialFailed(address, Reason.UNREACHABLE, "the address names no peer (/p2p/...)"))
             return
-        trip = DIAL_ROUND_TRIPS * 2 * self._latency()
-        self._clock.after(trip, lambda: self._meet(me, peer, address, self._endpoints.get(me)))
+        trip, caller = DIAL_ROUND_TRIPS * 2 * self._latency(), self._endpoints.get(me)
+        self._clock.after(trip, lambda: self._meet(me, peer, address, caller))
 
     def _meet(self, me: PeerId, peer: PeerId, address: str, caller: Endpoint | None) -> None:
-        if caller is None or me not in self._endpoints:
+        if caller is None or self._endpoints.get(me) is not caller:
             return
         if peer not in self._endpoints or peer == me:
             self._soon(me, DialFailed(address, Reason.UNREACHABLE, "connection refused"))
@@ -113,7 +113,7 @@ class SimNetwork:
             return
         link = self._links[pair] = _Link(pair)
         self._clock.after(0.0, lambda: self._come_up(link, me, LinkUp(peer, True, address)))
-        self._clock.after(self._latency(), lambda: self._come_up(link, peer, LinkUp(me, False, "")))
+        self._in_order(link, peer, lambda: self._come_up(link, peer, LinkUp(me, False, "")))
 
     def _come_up(self, link: _Link, me: PeerId, event: LinkUp) -> None:
         endpoint = self._endpoints.get(me)
@@ -136,18 +136,13 @@ class SimNetwork:
 
     def _in_order(self, link: _Link, peer: PeerId, action: Callable[[], None]) -> None:
         """Do `action` one latency from now, but not before what was sent to `peer` earlier."""
-        now = self._clock.now()
-        at = max(now + self._latency(), link.arrives_at.get(peer, 0.0))
+        at = max(self._clock.now() + self._latency(), link.arrives_at.get(peer, 0.0))
         link.arrives_at[peer] = at
-        self._clock.after(at - now, action)
+        self._clock.at(at, action)
 
     def _arrive(self, link: _Link, me: PeerId, peer: PeerId, message: LinkMessage, size: int) -> None:
         target = self._endpoints.get(peer)
-        if target is None or not link.open:
-            return
-        if peer not in link.up:
-            # The last step of the link's making is still on its way to that end.
-            self._clock.after(self._settings.latency_s, lambda: self._arrive(link, me, peer, message, size))
+        if target is None or not link.open or peer not in link.up:  # it has closed its end by now
             return
         target.bytes_received += size
         target.deliver(Received(me, message))
@@ -171,7 +166,13 @@ class SimNetwork:
         del self._links[link.ends]
 
     def _tell_later(self, peer: PeerId, link: _Link) -> None:
-        self._clock.after(self._latency(), lambda: self._tell(peer, link, "the connection was reset"))
+        endpoint = self._endpoints.get(peer)
+
+        def tell() -> None:
+            if self._endpoints.get(peer) is endpoint:
+                self._tell(peer, link, "the connection was reset")
+
+        self._clock.after(self._latency(), tell)
 
     def _tell(self, peer: PeerId, link: _Link, detail: str) -> None:
         endpoint = self._endpoints.get(peer)
@@ -185,30 +186,41 @@ class SimNetwork:
         if link is None or me not in link.up:
             self._soon(me, FetchFailed(token, Reason.LINK, "no link to the peer"))
             return
-        self._clock.after(self._latency(), lambda: self._serve(link, me, token, peer, ref))
+        receiver = self._endpoints[me]
+        self._clock.after(self._latency(), lambda: self._serve(link, me, receiver, token, peer, ref))
 
-    def _serve(self, link: _Link, me: PeerId, token: int, peer: PeerId, ref: ModelRef) -> None:
+    def _serve(
+        self, link: _Link, me: PeerId, receiver: Endpoint, token: int, peer: PeerId, ref: ModelRef
+    ) -> None:
+        if self._endpoints.get(me) is not receiver:
+            return
         server = self._endpoints.get(peer)
         back = self._latency()
         if server is None or not link.open:
-            self._clock.after(
-                back, lambda: self._answer(me, FetchFailed(token, Reason.LINK, "the peer is gone"))
-            )
+            self._later(back, me, FetchFailed(token, Reason.LINK, "the peer is gone"))
             return
         value = server.held.get(Digest(ref.digest))
         if value is None:
-            self._clock.after(back, lambda: self._answer(me, FetchFailed(token, Reason.GONE)))
+            self._later(back, me, FetchFailed(token, Reason.GONE))
             return
         size = ref.size_bytes + num_chunks(ref.size_bytes) * DIGEST_BYTES + FETCH_OVERHEAD_BYTES
         now = self._clock.now()
         server.free_at = max(now, server.free_at) + size / self._settings.bandwidth_bytes_per_s
         server.bytes_sent += size
         wait = server.free_at - now + back
-        self._clock.after(wait, lambda: self._take(link, me, token, ref, value, size))
+        self._clock.after(wait, lambda: self._take(link, me, receiver, token, ref, value, size))
 
-    def _take(self, link: _Link, me: PeerId, token: int, ref: ModelRef, value: object, size: int) -> None:
-        receiver = self._endpoints.get(me)
-        if receiver is None:
+    def _take(
+        self,
+        link: _Link,
+        me: PeerId,
+        receiver: Endpoint,
+        token: int,
+        ref: ModelRef,
+        value: object,
+        size: int,
+    ) -> None:
+        if self._endpoints.get(me) is not receiver:
             return
         receiver.bytes_received += size
         if not link.open:
@@ -229,9 +241,13 @@ class SimNetwork:
 
     def _soon(self, peer: PeerId, event: NetworkEvent) -> None:
         """Not inside the command that caused it: a core is never entered twice at once."""
+        self._later(0.0, peer, event)
+
+    def _later(self, delay_s: float, peer: PeerId, event: NetworkEvent) -> None:
+        """Deliver it, unless the peer crashes before: one that is back is another, and awaits nothing."""
         endpoint = self._endpoints.get(peer)
         self._clock.after(
-            0.0, lambda: self._answer(peer, event) if self._endpoints.get(peer) is endpoint else None
+            delay_s, lambda: self._answer(peer, event) if self._endpoints.get(peer) is endpoint else None
         )
 
     def _latency(self) -> float:

@@ -16,13 +16,14 @@ import msgspec
 import networkx as nx
 from msgspec import Meta, Struct, field
 
+from aggregation.rules import build
 from node.compute import Work, WorkOrder
 from node.core import CoreSettings, NodeCore
 from node.settings import Partition, TrainingSettings
 from node.task_loading import make_task
 from node.tasks import Task, build_model, initial_params, partition_task
 from node.weights import encode_params, max_blob_bytes, schema_hash, schema_of
-from protocols.errors import ConfigError
+from protocols.errors import ConfigError, LocalError, PeerError
 from protocols.events import (
     Aggregate,
     Dial,
@@ -37,6 +38,7 @@ from protocols.events import (
     Halt,
     Keep,
     KeepPeer,
+    LearningDone,
     Penalise,
     Record,
     RoundDone,
@@ -49,7 +51,7 @@ from protocols.events import (
 from protocols.exchange import ExchangeSettings
 from protocols.gossip import GossipSettings
 from protocols.view import ViewSettings
-from protocols.vocabulary import Digest, ModelRef, PeerId, PeerRecord
+from protocols.vocabulary import Digest, ModelRef, PeerId, PeerRecord, Reason
 from sim.churn import Change, ChurnEvent, ChurnSettings, check_schedule, draw_schedule
 from sim.clock import VirtualClock
 from sim.compute import NodeModels, SharedModels
@@ -178,6 +180,10 @@ class World:
         from pathlib import Path
 
         scenario = self.scenario
+        try:
+            build(scenario.rule)
+        except ValueError as error:
+            raise ConfigError("rule", str(error)) from error
         whole = make_task(scenario.task, scenario.options, Path.cwd())
         partition = Partition(
             count=scenario.nodes, partitioner=scenario.partitioner, alpha=scenario.alpha, seed=scenario.seed
@@ -295,7 +301,10 @@ class World:
     def _admit(self, ref: ModelRef) -> None:
         """Models made here are right by construction; hostile ones are the faults' affair, not the network's."""
         digest = Digest(ref.digest)
-        self._shared.add(digest, self._shared.get(digest))
+        try:
+            self._shared.add(digest, self._shared.get(digest))
+        except LocalError as error:  # its last holder let it go while it was on its way
+            raise PeerError(Reason.GONE, str(error)) from error
 
     # --- events and effects -----------------------------------------------------------------------------
     def _handle(self, node: SimNode, event: Event) -> None:
@@ -369,11 +378,10 @@ class World:
             self._shared.drop(Digest(old.digest))
 
     def _record(self, node: SimNode, record: Record) -> None:
-        if isinstance(record, RoundDone):
-            if record.metrics:
-                node.accuracy[record.round] = next(iter(record.metrics.values()))
-            if 0 < self.scenario.gossip.rounds <= record.round + 1:
-                self._finished.add(node.index)
+        if isinstance(record, RoundDone) and record.metrics:
+            node.accuracy[record.round] = next(iter(record.metrics.values()))
+        elif isinstance(record, LearningDone):
+            self._finished.add(node.index)
         self._on_record(self.clock.now(), node.index, record)
 
     # --- the end ----------------------------------------------------------------------------------------
