@@ -81,7 +81,9 @@ def draw(curves: dict[str, dict[str, list[list[float]]]], path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", alpha=0.25)
     axes[0].set_ylabel("mean test accuracy of 16 nodes")
-    axes[-1].legend(frameon=False, loc="center right", bbox_to_anchor=(1.0, 0.35))
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(CURVES), frameon=False
+    )
     figure.suptitle(
         "Averaging models from different starts, with and without variance correction (line: 0.90)",
         fontsize=11,

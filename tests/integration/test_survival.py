@@ -130,10 +130,8 @@ def test_without_the_bootstrap_peer_the_rest_go_on_and_find_each_other_after_res
             node.wait_for(lambda s: s["live_peers"] == 2, "a full mesh")
         boot.kill()
         for node in rest:
-            status = node.wait_for(lambda s: s["live_peers"] == 1, "the loss of the bootstrap peer")
-            node.wait_for(
-                lambda s: s["round"] > status["round"] + 3 and s["merged"] == 1, "rounds without it"
-            )  # noqa: B023
+            reached = node.wait_for(lambda s: s["live_peers"] == 1, "the loss of the bootstrap peer")["round"]
+            node.wait_for(lambda s, r=reached: s["round"] > r + 3 and s["merged"] == 1, "rounds without it")
         for node in rest:
             assert node.stop() == 0
         for node in rest:
