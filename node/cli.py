@@ -234,7 +234,7 @@ def doctor(home: Home = _HOME, as_json: Json = False) -> None:
 @app.command()
 def demo(
     nodes: Annotated[int, typer.Option(min=2, max=16, help="Daemons to start.")] = 4,
-    rounds: Annotated[int, typer.Option(min=10, max=10_000, help="Rounds of each.")] = 80,
+    rounds: Annotated[int, typer.Option(min=10, max=10_000, help="Rounds of each.")] = 100,
     seed: Annotated[int, typer.Option(help="Of the way the data is shared out.")] = 2,
     keep: Annotated[Path | None, typer.Option(help="Keep the nodes' homes in this folder.")] = None,
     as_json: Json = False,

@@ -22,7 +22,7 @@ from node.libp2p_network import Libp2pNetwork
 from node.ports import MonotonicClock
 from node.store import BlobStore, History, HomeLock
 from node.telemetry import Telemetry
-from protocols.errors import LocalError, PeerError
+from protocols.errors import ConfigError, LocalError, PeerError
 from protocols.events import Started, WorkFailed
 from protocols.vocabulary import DIGEST_BYTES, ModelRef, PeerId, Reason, SchemaHash
 
@@ -43,7 +43,10 @@ class Learner:
         torch.set_num_threads(config.training.threads)
         task = make_task(config.task.name, config.task.options, home, config.task.shard)
         seed = config.task.seed if config.task.seed is not None else key_seed(me)
-        self._first = initial_params(task, seed)
+        try:
+            self._first = initial_params(task, seed)
+        except Exception as error:  # the user's own model, which may raise anything
+            raise ConfigError("task.name", f"the model of '{task.name}' cannot be made: {error!r}") from error
         schema = schema_of(self._first)
         self.name = task.name
         self.schema = schema_hash(task.name, schema)

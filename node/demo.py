@@ -90,6 +90,8 @@ def _run_in(folder: Path, num_nodes: int, rounds: int, seed: int, console: Conso
             _watch(cluster, show, lambda rows: all(row and row["phase"] == "done" for row in rows))
         final = [node.status() or {} for node in cluster.nodes]
         records = [node.rounds() for node in cluster.nodes]
+    if not console.is_terminal:
+        console.print()  # the last frame of a live table ends without a line break there
     console.print("Training each node alone, for the same number of local steps ...")
     together = [row["metrics"]["accuracy"] for row in final]
     alone, steps = _train_alone(cluster.nodes, records)
@@ -196,7 +198,7 @@ def _table(
 
 def print_summary(result: Mapping[str, Any], console: Console) -> None:
     """The result, for people."""
-    table = Table("node", "alone", "together", "sent", title="Accuracy on the digits nobody trained on")
+    table = Table("node", "alone", "together", "sent", title="Test accuracy")
     for index, (alone, together, sent) in enumerate(
         zip(result["alone"], result["together"], result["bytes_per_node"], strict=True)
     ):

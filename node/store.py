@@ -208,12 +208,16 @@ class BlobStore:
         return final
 
     def restore(self, warn: Callable[[str], None]) -> ModelRef | None:
-        """The newest checkpoint that is whole, as a held model; each damaged one is warned of and set aside."""
+        """The newest checkpoint that is whole, as a held model; each damaged one is warned of and set aside.
+
+        Raises:
+            LocalError: a whole checkpoint is of another model: the task was changed, and its work is not thrown away.
+        """
         for path in self._newest_first():
             try:
                 ref, hashes = verify_checkpoint(path)
-                self._check(path)
-            except (PeerError, LocalError, OSError) as error:
+                self._check_own(path)
+            except (PeerError, OSError) as error:
                 warn(f"checkpoint {path.name} is damaged ({error}); falling back to the one before")
                 path.rename(path.with_suffix(".damaged"))
                 continue
@@ -222,6 +226,17 @@ class BlobStore:
             self._blobs[Digest(ref.digest)] = Blob(held, ref.size_bytes, hashes)
             return ref
         return None
+
+    def _check_own(self, path: Path) -> None:
+        try:
+            self._check(path)
+        except PeerError as error:
+            if error.reason is not Reason.WRONG_SHAPE:
+                raise
+            raise LocalError(
+                f"the checkpoints in {self._checkpoints} are of another model ({error.detail}); "
+                "set the task back to what it was, or move that folder away to start afresh"
+            ) from error
 
     def _newest_first(self) -> list[Path]:
         return newest_checkpoints(self._checkpoints.parent)
@@ -239,13 +254,13 @@ def parse_checkpoint_name(path: Path) -> tuple[int, int, Digest]:
     """Round, number of samples and digest out of a checkpoint's name.
 
     Raises:
-        LocalError: the name is not one of ours.
+        PeerError: WRONG_FORMAT, the name is not one of ours.
     """
     try:
         round_, samples, digest = path.stem.split("-")
         return int(round_), int(samples), Digest(bytes.fromhex(digest))
     except ValueError as error:
-        raise LocalError(f"{path.name} is not a checkpoint's name") from error
+        raise PeerError(Reason.WRONG_FORMAT, f"{path.name} is not a checkpoint's name") from error
 
 
 def verify_checkpoint(path: Path) -> tuple[ModelRef, tuple[bytes, ...]]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from math import ceil
 from typing import Annotated
 
+import msgspec
 from msgspec import Meta, Struct
 
 from protocols.events import (
@@ -98,7 +99,7 @@ class Gossip:
         else:
             out = []
         if isinstance(event, StopRequested):
-            return [Keep(self._own)] if self._own else []
+            return self._keep_at_stop()
         handler = _TABLE.get((self.phase, type(event)))
         return out + handler(self, now, event) if handler else out
 
@@ -110,6 +111,13 @@ class Gossip:
                 return token != self._token
             case _:
                 return False
+
+    def _keep_at_stop(self) -> list[Output]:
+        """The merged model of a round whose evaluation is cut short is further than the round's own checkpoint."""
+        if self._own is None:
+            return []
+        merged = self.phase is Phase.EVALUATING
+        return [Keep(msgspec.structs.replace(self._own, round=self.round + merged))]
 
     # --- waiting for company ----------------------------------------------------------------------------
     def _start(self, now: float, event: Event | Notice) -> list[Output]:

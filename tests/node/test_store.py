@@ -393,17 +393,16 @@ def test_every_damaged_checkpoint_is_warned_of_and_the_last_leaves_a_fresh_start
     assert len(warnings) == 3
 
 
-def test_a_whole_checkpoint_of_another_task_is_set_aside(tmp_path: Path) -> None:
-    def refuse_new(path: Path) -> None:
-        if path.read_bytes() == b"other task":
-            raise PeerError(Reason.WRONG_SHAPE, "expected F32[2]")
-
+def test_whole_checkpoints_of_another_model_stop_the_start_and_stay_where_they_are(tmp_path: Path) -> None:
     store = make_store(tmp_path)
-    keep(store, b"this task", 1)
-    keep(store, b"other task", 2)
-    data, warnings = restored(tmp_path, refuse_new)
-    assert data == b"this task"
-    assert "expected F32[2]" in warnings[0]
+    kept = store.keep(store.save(b"old model", 3, 10))
+
+    def other_task(path: Path) -> None:
+        raise PeerError(Reason.WRONG_SHAPE, "0.weight is F32[64, 64], expected F32[32, 64]")
+
+    with pytest.raises(LocalError, match=r"another model .*expected F32.*start afresh"):
+        restored(tmp_path, other_task)
+    assert kept.exists()
 
 
 # --- one daemon per home --------------------------------------------------------------------------------

@@ -463,7 +463,11 @@ def test_a_failed_evaluation_ends_the_round_without_metrics() -> None:
 @pytest.mark.parametrize("phase", Phase)
 def test_stopping_keeps_the_model_in_every_phase(phase: Phase) -> None:
     rig = at(phase)
-    assert rig.step(StopRequested()) == [Keep(rig.gossip.own)]
+    (keep,) = rig.step(StopRequested())
+    assert isinstance(keep, Keep)
+    assert keep.ref.digest == rig.gossip.own.digest
+    # Merged but not yet evaluated: further than the checkpoint with which the round began.
+    assert keep.ref.round == rig.gossip.round + (phase is Phase.EVALUATING)
 
 
 def test_stopping_without_a_model_keeps_nothing() -> None:
