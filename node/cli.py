@@ -6,7 +6,7 @@ import shutil
 import sys
 from importlib.metadata import entry_points, version
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import msgspec
 import typer
@@ -93,9 +93,23 @@ def run(home: Home = _HOME) -> None:
     from node.telemetry import configure_logging
 
     configure_logging(config.log.level, config.log.json)
-    from node.daemon import run_daemon
+    import asyncio
 
-    run_daemon(config, home)
+    from node.daemon import Daemon
+
+    daemon = Daemon(config, home)
+    code = 0
+    try:
+        asyncio.run(daemon.run())
+    except (CoveyError, OSError) as error:
+        code = _report(error)
+    if daemon.working:
+        # Python would unwind the training thread through torch's C++ and abort. All is flushed: leave at once.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    if code:
+        raise typer.Exit(code)
 
 
 @app.command()
@@ -318,9 +332,13 @@ def _add_plugins() -> None:
         entry.load()(app)
 
 
-def _fail(error: CoveyError) -> NoReturn:
-    err.print(f"[red]covey:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
-    sys.exit(EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED)
+def _report(error: CoveyError | OSError) -> int:
+    """Say what is wrong; the exit code."""
+    text = str(error)
+    if isinstance(error, OSError):
+        text = f"{error.filename or 'input or output'}: {error.strerror or error}; who owns it, and is the disk full?"
+    err.print(f"[red]covey:[/red] {escape(text)}", highlight=False, soft_wrap=True)
+    return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED
 
 
 def main() -> None:
@@ -328,11 +346,11 @@ def main() -> None:
     _add_plugins()
     try:
         app()
-    except CoveyError as error:
-        _fail(error)
     except KeyboardInterrupt:
         err.print("interrupted")
         sys.exit(EXIT_INTERRUPTED)
     except BrokenPipeError:
         # The reader of our output has left; that is no error of ours.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (CoveyError, OSError) as error:
+        sys.exit(_report(error))

@@ -75,6 +75,11 @@ class LocalNode:
         """SIGTERM, and the exit code."""
         return self._end(signal.SIGTERM, timeout_s)
 
+    def wait_for_exit(self, timeout_s: float) -> int:
+        """The exit code of a daemon that was told to end by other means. Raises subprocess.TimeoutExpired."""
+        assert self._process is not None
+        return self._process.wait(timeout_s)
+
     def _end(self, number: signal.Signals, timeout_s: float = 10.0) -> int:
         if self._process is None:
             return 0

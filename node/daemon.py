@@ -88,7 +88,7 @@ class Daemon:
         self._config = config
         self._home = home
         self._started_at = time.time()  # noqa: TID251 - the shell tells the wall time
-        self._crash: BaseException | None = None
+        self._driver: Driver | None = None
         self._lateness_s = 0.0
         self._addresses: tuple[str, ...] = ()
 
@@ -132,14 +132,14 @@ class Daemon:
                 on_crash=self._on_crash,
             )
             driver.attach(network)
-            self._addresses = await network.start()
             try:
+                self._addresses = await network.start()
                 await self._serve(driver, history, ref)
             finally:
                 await network.stop()
                 driver.close()
-        if self._crash is not None:
-            raise LocalError(f"the network thread broke: {self._crash!r}") from self._crash
+        if driver.failure is not None:
+            raise LocalError(f"the node broke and has stopped: {driver.failure!r}") from driver.failure
 
     async def _serve(self, driver: Driver, history: History, ref: ModelRef | None) -> None:
         self._catch_signals(driver)
@@ -167,9 +167,16 @@ class Daemon:
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, driver.request_stop)
 
+    @property
+    def working(self) -> bool:
+        """Whether a training or a merge is still under way, which nobody waits for."""
+        return self._driver is not None and self._driver.working
+
     def _on_crash(self, error: BaseException) -> None:
-        self._crash = error
-        self._driver.halted.set()
+        """The network thread ended. What is worth keeping is kept all the same."""
+        assert self._driver is not None
+        self._driver.request_stop()
+        self._driver.fail(error)
 
     def _start_api(self, driver: Driver) -> ApiServer | None:
         if not self._config.api.enabled:
@@ -192,6 +199,7 @@ class Daemon:
 
     def _stop_soon(self) -> None:
         # After the answer to the caller has left.
+        assert self._driver is not None
         asyncio.get_running_loop().call_later(0.05, self._driver.request_stop)
 
     async def _watch_lateness(self) -> None:
@@ -205,6 +213,7 @@ class Daemon:
     # --- what the API tells -----------------------------------------------------------------------------
     def status(self) -> dict[str, Any]:
         """The node at a glance."""
+        assert self._driver is not None
         core, last = self._driver.core, self._telemetry.last_round
         return {
             "peer": self._me,
@@ -229,8 +238,3 @@ class Daemon:
         self._telemetry.bytes_moved(self._network.bytes_sent, self._network.bytes_received)
         self._telemetry.lateness(self._lateness_s)
         return self._telemetry.render()
-
-
-def run_daemon(config: Config, home: Path) -> None:
-    """Run a node in the foreground until it is stopped."""
-    asyncio.run(Daemon(config, home).run())

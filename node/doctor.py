@@ -60,8 +60,9 @@ def _examine_key(home: Path) -> Finding:
     try:
         peer = peer_id_of(load_key(home / KEY_FILE))
     except LocalError as error:
+        problem, _, remedy = str(error).partition("; ")
         return Finding(
-            "key", "failed", str(error), "a lost key is a new identity: run `covey init` in a new home"
+            "key", "failed", problem, remedy or "restore it from a copy; a new key is a new identity"
         )
     return Finding("key", "ok", f"this node is {peer}")
 

@@ -57,6 +57,7 @@ class WorkerThread:
         self._perform = perform
         self._reply = reply
         self._orders: queue.SimpleQueue[WorkOrder] = queue.SimpleQueue()
+        self.busy = False
         threading.Thread(target=self._run, name="work", daemon=True).start()
 
     def submit(self, order: WorkOrder) -> None:
@@ -64,7 +65,11 @@ class WorkerThread:
 
     def _run(self) -> None:
         while True:
-            self._reply(self._perform(self._orders.get()))
+            order = self._orders.get()
+            self.busy = True
+            result = self._perform(order)
+            self.busy = False
+            self._reply(result)
 
 
 class Driver:
@@ -91,6 +96,7 @@ class Driver:
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="disk")
         self._network: Network | None = None
         self._fetch_began_at: dict[int, float] = {}
+        self.failure: BaseException | None = None
         self.halted = asyncio.Event()
 
     def attach(self, network: Network) -> None:
@@ -102,20 +108,36 @@ class Driver:
         if self.halted.is_set():
             return
         self._count(event)
-        for effect in self.core.step(self._clock.now(), event):
-            self._do(effect)
+        try:
+            for effect in self.core.step(self._clock.now(), event):
+                self._do(effect)
+        except Exception as error:  # the task boundary: a node with half of a step done must not go on
+            self.fail(error)
 
     def request_stop(self) -> None:
         """The operator wants out."""
         self.handle(StopRequested())
+
+    def fail(self, error: BaseException) -> None:
+        """Something broke that should not: halt, and say why."""
+        self.failure = self.failure or error
+        self.halted.set()
+
+    @property
+    def working(self) -> bool:
+        """Whether the worker is in the middle of an order."""
+        return self._worker.busy
 
     def close(self) -> None:
         """Wait until all that was to be kept is on the disk."""
         self._disk.shutdown(wait=True)
 
     def _from_worker(self, result: WorkResult) -> None:
+        self._on_loop(self.handle, result)
+
+    def _on_loop(self, function: Callable[..., object], *args: object) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits for it any more
-            self._loop.call_soon_threadsafe(self.handle, result)
+            self._loop.call_soon_threadsafe(function, *args)
 
     def _do(self, effect: Effect) -> None:
         assert self._network is not None
@@ -129,7 +151,8 @@ class Driver:
                 self._worker.submit(effect)
             case Fetch(token, peer, ref):
                 self._fetch_began_at[token] = self._clock.now()
-                self._network.fetch(token, peer, ref)
+                # Behind every `Forget` before it: one of this very model may still wait for the disk.
+                self._disk.submit(self._on_loop, self._network.fetch, token, peer, ref)
             case Keep(ref):
                 self._disk.submit(self._keep, ref)
             case Forget(ref):

@@ -8,7 +8,7 @@ import asyncio
 import logging
 import socket
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
@@ -50,6 +50,10 @@ FETCH = TProtocol("/covey/fetch/1")
 DIAL_TIMEOUT_S = 10.0
 STALL_TIMEOUT_S = 15.0
 """A fetch that brings no byte for this long is broken off; what came stays and is not sent again."""
+CHUNK_TIMEOUT_S = 60.0
+"""A chunk (1 MiB) that takes longer, either way, ends the transfer: the slowest line of use carries 17 kB/s."""
+CLOSE_TIMEOUT_S = 3.0
+"""A link that is told to end is cut after this, whatever it still had to say."""
 LINGER_S = 1.0
 """How long a closing link waits for the other side to have read the last words."""
 MAX_CONNECTIONS = 256
@@ -58,6 +62,7 @@ MAX_INBOX = 2048
 MAX_OUTBOX = 512
 """Messages that may wait on one link. A peer that reads so slowly loses the link."""
 MAX_SERVES = 8
+MAX_SERVES_PER_PEER = 4
 READ_BYTES = 64 * 1024
 
 
@@ -100,7 +105,7 @@ class Libp2pNetwork:
         self._on_crash = on_crash
         self._links: dict[PeerId, _Link] = {}
         self._dialling: set[PeerId] = set()
-        self._num_serves = 0
+        self._serves: Counter[PeerId] = Counter()
         self._inbox: deque[NetworkEvent] = deque()
         self._drain_scheduled = False
         self._thread: threading.Thread | None = None
@@ -255,6 +260,8 @@ class Libp2pNetwork:
 
     async def _open(self, address: str) -> INetStream:
         info = info_from_p2p_addr(Multiaddr(address))
+        if info.peer_id.to_string() != peer_of(address):
+            raise PeerError(Reason.UNREACHABLE, "the peer id is not in its usual form (base58)")
         swarm = self._host.get_network()
         if not swarm.get_connections(info.peer_id):
             # `connect` would remember a failed peer for a minute and try one address of several.
@@ -314,8 +321,14 @@ class Libp2pNetwork:
         with trio.CancelScope(shield=True), trio.move_on_after(LINGER_S):
             try:
                 await (stream.reset() if shared else stream.swarm_conn.close())
+                return
             except Exception as error:  # already broken: all the better
                 log.debug("closing a stream: %r", error)
+        if not shared:
+            # The other side does not even take a goodbye: the socket is closed under it.
+            with trio.CancelScope(shield=True), trio.move_on_after(LINGER_S):
+                await connection.secured_conn.close()
+            self._host.get_network().remove_conn(stream.swarm_conn)
 
     async def _converse(self, link: _Link) -> tuple[Reason, str]:
         """Read and write until either side ends it; why it ended."""
@@ -324,6 +337,8 @@ class Libp2pNetwork:
         async def until_done(work: Callable[[_Link], Awaitable[None]]) -> None:
             try:
                 await work(link)
+            except trio.TooSlowError:
+                outcome.append((link.closing or Reason.SILENT, "the peer does not read"))
             except Exception as error:  # the link's task boundary: py-libp2p raises many kinds
                 outcome.append((link.closing or Reason.LINK, "" if link.closing else _root_cause(error)))
             link.scope.cancel()
@@ -360,7 +375,8 @@ class Libp2pNetwork:
             # Everything that waits goes out in one write: messages of one tick share their overhead.
             data = b"".join(encode(message) for message in link.outbox)
             link.outbox.clear()
-            await link.stream.muxed_stream.write(data)
+            with trio.fail_after(STALL_TIMEOUT_S):
+                await link.stream.muxed_stream.write(data)
             self.bytes_sent += len(data)
         await link.stream.close_write()
         await trio.sleep(LINGER_S)
@@ -378,6 +394,8 @@ class Libp2pNetwork:
     def _close_link(self, peer: PeerId, reason: Reason) -> None:
         if link := self._links.get(peer):
             link.close(reason)
+            # A peer that has stopped reading would hold our last words, and the link, for ever.
+            link.scope.deadline = trio.current_time() + CLOSE_TIMEOUT_S
 
     # --- fetching ---------------------------------------------------------------------------------------
     def _start_fetch(self, token: int, peer: PeerId, ref: ModelRef) -> None:
@@ -413,7 +431,12 @@ class Libp2pNetwork:
                 stream = await self._host.new_stream(ID.from_string(peer), [FETCH])
             header = await self._receive_blob(stream, incoming)
             # Looking at every weight takes a while for a large model: not on the thread that moves bytes.
-            await trio.to_thread.run_sync(self._store.admit, incoming, header.chunk_hashes)
+            await trio.to_thread.run_sync(
+                self._store.admit,
+                incoming,
+                header.chunk_hashes,
+                abandon_on_cancel=True,  # type: ignore[call-arg]
+            )
         finally:
             incoming.busy = False
             if stream is not None:
@@ -422,7 +445,8 @@ class Libp2pNetwork:
 
     async def _receive_blob(self, stream: INetStream, incoming: Incoming) -> FetchHeader:
         ref = incoming.ref
-        await stream.write(encode(FetchRequest(ref.digest, incoming.next_chunk)))
+        with trio.fail_after(STALL_TIMEOUT_S):
+            await stream.write(encode(FetchRequest(ref.digest, incoming.next_chunk)))
         decoder = fetch_decoder()
         header = await _read_message(stream, decoder)
         match header:
@@ -458,10 +482,13 @@ class Libp2pNetwork:
             nursery.start_soon(write_chunks)
             try:
                 for index in range(incoming.next_chunk, num_chunks(size)):
-                    pieces, rest = await self._read_chunk(stream, chunk_length(size, index), rest)
+                    with trio.fail_after(CHUNK_TIMEOUT_S):
+                        pieces, rest = await self._read_chunk(stream, chunk_length(size, index), rest)
                     await to_disk.send(pieces)
             except PeerError as error:
                 failure.append(error)
+            except trio.TooSlowError:
+                failure.append(PeerError(Reason.TIMEOUT, f"a chunk took more than {CHUNK_TIMEOUT_S:.0f} s"))
             to_disk.close()  # what is under way is still written: it need not be sent again
         if failure:
             raise failure[0]
@@ -512,22 +539,25 @@ class Libp2pNetwork:
         refusal = None
         if peer not in self._links or blob is None:
             refusal = Reason.GONE
-        elif self._num_serves >= MAX_SERVES:
+        elif self._serves.total() >= MAX_SERVES or self._serves[peer] >= MAX_SERVES_PER_PEER:
             refusal = Reason.BUSY
         if refusal is not None or blob is None:
             await stream.write(encode(FetchRefused(refusal or Reason.GONE)))
             return
-        self._num_serves += 1
+        self._serves[peer] += 1
         try:
             await self._serve(stream, blob, request.first_chunk)
         finally:
-            self._num_serves -= 1
+            self._serves -= Counter([peer])
 
     async def _serve(self, stream: INetStream, blob: Blob, first_chunk: int) -> None:
-        await stream.write(encode(FetchHeader(blob.size_bytes, blob.chunk_hashes)))
+        with trio.fail_after(STALL_TIMEOUT_S):
+            await stream.write(encode(FetchHeader(blob.size_bytes, blob.chunk_hashes)))
         for index in range(first_chunk, num_chunks(blob.size_bytes)):
             chunk = blob.read(index)
-            await stream.write(chunk)
+            # Whoever takes longer for one chunk holds a place that others wait for.
+            with trio.fail_after(CHUNK_TIMEOUT_S):
+                await stream.write(chunk)
             self.bytes_sent += len(chunk)
 
 

@@ -15,7 +15,7 @@ from aggregation.base import Params
 from node.randomness import stream, torch_seed, torch_seeded
 from node.settings import TrainingSettings
 from node.tasks import Task, build_model
-from node.weights import all_finite
+from node.weights import all_sane
 from protocols.errors import LocalError
 
 EVALUATION_BATCH = 1024
@@ -73,7 +73,7 @@ def train(
             optimiser.step(torch.autograd.grad(loss, weights, allow_unused=True))
     trained = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
     for name, tensor in trained.items():
-        if not all_finite(tensor):
+        if not all_sane(tensor):
             raise LocalError(
                 f"training in round {round} made {name} non-finite; "
                 f"learning_rate {settings.learning_rate} may be too high"
@@ -124,4 +124,5 @@ def evaluate(task: Task, params: Params, *, model: nn.Module | None = None) -> d
     with torch.inference_mode():
         outputs = torch.cat([module(chunk) for chunk in torch.split(inputs, EVALUATION_BATCH)])
         loss = task.loss(outputs, targets).item()
-        return {**task.metrics(outputs, targets), "loss": loss}
+        metrics = {str(name): float(value) for name, value in task.metrics(outputs, targets).items()}
+        return {**metrics, "loss": loss}

@@ -85,11 +85,18 @@ def max_blob_bytes(schema: Schema) -> int:
 
 
 # --- weights as bytes -----------------------------------------------------------------------------------
-def all_finite(tensor: Tensor) -> bool:
-    """True where no element is NaN or infinite; integers always are. Needs no copy of the tensor."""
+MAX_MAGNITUDE = 1e10
+"""No weight of a model that works comes near. Far beyond it, finite weights overflow in the first forward pass."""
+
+
+def all_sane(tensor: Tensor) -> bool:
+    """True where every element is finite and at most MAX_MAGNITUDE; integers always are. Needs no copy."""
     if not tensor.is_floating_point() or not tensor.numel():
         return True
-    return bool(torch.isfinite(torch.stack(torch.aminmax(tensor.detach()))).all())
+    low, high = torch.aminmax(tensor.detach())
+    return bool(
+        torch.isfinite(low) & torch.isfinite(high) & (low >= -MAX_MAGNITUDE) & (high <= MAX_MAGNITUDE)
+    )
 
 
 def encode_params(params: Params) -> bytes:
@@ -137,7 +144,7 @@ def check_weights(path: Path, schema: Schema) -> None:
                         Reason.WRONG_SHAPE, f"{_clip(name)}: expected {expected}, found {_clip(str(found))}"
                     )
             for name in schema:
-                if not all_finite(file.get_tensor(name)):
+                if not all_sane(file.get_tensor(name)):
                     raise PeerError(Reason.NON_FINITE, f"{_clip(name)} holds NaN or an infinity")
     except SafetensorError as error:
         raise PeerError(Reason.WRONG_FORMAT, _clip(str(error))) from error

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from protocols.vocabulary import Reason
+from protocols.vocabulary import Reason, one_line
 
 
 class CoveyError(Exception):
@@ -19,7 +19,7 @@ class PeerError(CoveyError):
     def __init__(self, reason: Reason, detail: str = "") -> None:
         super().__init__(f"{reason.value}: {detail}" if detail else reason.value)
         self.reason = reason
-        self.detail = detail[:240]
+        self.detail = one_line(detail)
 
 
 class ConfigError(CoveyError):

@@ -10,6 +10,7 @@ from typing import Annotated
 from msgspec import Meta, Struct
 
 from protocols.events import (
+    Disconnect,
     Effect,
     Event,
     Fetch,
@@ -27,9 +28,12 @@ from protocols.events import (
     Timer,
     TimerFired,
 )
-from protocols.messages import Decline, Offer
+from protocols.messages import Decline, Offer, Refuse
 from protocols.view import View
-from protocols.vocabulary import HOSTILE, Digest, ModelRef, PeerId, Reason
+from protocols.vocabulary import HOSTILE, Digest, ModelRef, PeerId, Reason, one_line
+
+MAX_STRIKES = 3
+"""Refused models after which a link is closed; the view then backs off for its longest time."""
 
 
 class ExchangeSettings(Struct, frozen=True, forbid_unknown_fields=True):
@@ -70,6 +74,7 @@ class Exchange:
         self._waiting: dict[PeerId, ModelRef] = {}
         self._transfers: dict[int, _Transfer] = {}
         self._held: Counter[Digest] = Counter()
+        self._strikes: Counter[PeerId] = Counter()
         self._next_token = 0
         self.open = True
         """Whether models are wanted at all; closed once the node has finished learning."""
@@ -123,6 +128,7 @@ class Exchange:
                     return [Send(peer, Offer(self._offered[-1]))]
                 return []
             case PeerDown(peer):
+                del self._strikes[peer]
                 self._waiting.pop(peer, None)
                 return []
             case _:
@@ -132,13 +138,10 @@ class Exchange:
         if not self._view.learns(peer):
             return []
         if ref.size_bytes > self._max_model_bytes:
+            detail = f"offered {ref.size_bytes} bytes, at most {self._max_model_bytes} fit the task"
             return [
-                Penalise(
-                    peer,
-                    Reason.TOO_LARGE,
-                    f"offered {ref.size_bytes} bytes, at most {self._max_model_bytes} fit the task",
-                ),
                 Send(peer, Decline(ref.digest, Reason.TOO_LARGE)),
+                *self._strike(peer, Reason.TOO_LARGE, detail),
             ]
         if not self.open:
             return [Send(peer, Decline(ref.digest, Reason.IDLE))]
@@ -153,6 +156,14 @@ class Exchange:
             oldest = next(iter(self._waiting))
             out.append(Send(oldest, Decline(self._waiting.pop(oldest).digest, Reason.BUSY)))
         return out + self._start_waiting()
+
+    def _strike(self, peer: PeerId, reason: Reason, detail: str) -> list[Output]:
+        """Count a refusal; the third on one link ends it."""
+        self._strikes[peer] += 1
+        out: list[Output] = [Penalise(peer, reason, detail)]
+        if self._strikes[peer] == MAX_STRIKES:
+            out += [Send(peer, Refuse(reason, one_line(detail))), Disconnect(peer, reason)]
+        return out
 
     def _start_waiting(self) -> list[Output]:
         out: list[Output] = []
@@ -205,7 +216,7 @@ class Exchange:
         transfer.fetching = False
         out: list[Output] = []
         if reason in HOSTILE:
-            out.append(Penalise(transfer.peer, reason, detail))
+            out += self._strike(transfer.peer, reason, detail)
         superseded = transfer.peer in self._waiting
         exhausted = transfer.attempts >= self._settings.max_attempts
         if reason in HOSTILE or reason is Reason.GONE or superseded or exhausted:

@@ -79,6 +79,8 @@ class Gossip:
         self._token = 0
         self._own: ModelRef | None = None
         self._trained: ModelRef | None = None
+        self._sound: ModelRef | None = None
+        """The last model that training could start from."""
         self._inbox: dict[PeerId, ModelRef] = {}
         self._merging: tuple[Input, ...] = ()
         self._round_began_at = 0.0
@@ -147,10 +149,14 @@ class Gossip:
 
     def _offer_and_collect(self, now: float, event: Event | Notice) -> list[Output]:
         assert isinstance(event, Trained)
+        assert self._own is not None
+        sound, self._sound = self._sound, self._own
+        self._exchange.hold(self._own)
+        out = self._exchange.release(sound) if sound else []
         self._trained = event.ref
         self._exchange.hold(event.ref)
         self.phase = Phase.COLLECTING
-        out = self._exchange.offer(event.ref)
+        out += self._exchange.offer(event.ref)
         return [*out, self._timer("deadline", self._settings.deadline_s), *self._merge_if_enough(now, event)]
 
     # --- collect ----------------------------------------------------------------------------------------
@@ -233,11 +239,12 @@ class Gossip:
     def _next_round(self) -> int:
         """One on, or up to where the neighbours are: a node back from an absence does not lag for ever.
 
-        The lower median over the own round and the merged models' rounds: liars move it only where they are
-        the larger part of what was merged.
+        The lower median over the own round and the merged models' rounds, and MAX_JUMP at the most: liars move
+        it only where they are the larger part of what was merged, and not far.
         """
         rounds = sorted([self.round, *(item.ref.round for item in self._merging)])
-        return min(max(self.round, rounds[(len(rounds) - 1) // 2]) + 1, MAX_ROUND)
+        median = rounds[(len(rounds) - 1) // 2]
+        return min(max(self.round, min(median, self.round + MAX_JUMP)) + 1, MAX_ROUND)
 
     def _finished(self) -> bool:
         return 0 < self._settings.rounds <= self.round
@@ -251,6 +258,9 @@ class Gossip:
         for ref in self._inbox.values():
             out += self._exchange.release(ref)
         self._inbox.clear()
+        if self._sound is not None:
+            out += self._exchange.release(self._sound)
+            self._sound = None
         # Whoever links up later, a node back from a crash above all, is offered the final model.
         return out + self._exchange.present(self._own)
 
@@ -262,8 +272,25 @@ class Gossip:
 
     # --- when work fails --------------------------------------------------------------------------------
     def _training_failed(self, now: float, event: Event | Notice) -> list[Output]:
+        """Training is deterministic: the same model and round would fail again. Something has to change."""
+        assert self._own is not None
+        out = [_trouble("training", event)]
+        if self._sound is not None and self._sound.digest != self._own.digest:
+            # What was merged since the last good training cannot be trained on: back to what could.
+            out += self._exchange.release(self._own)
+            self._own, self._sound = msgspec.structs.replace(self._sound, round=self.round), None
+        self.round += 1
+        self._own = msgspec.structs.replace(self._own, round=self.round)
+        self._view.round = self.round
+        if self._finished():
+            return [*out, *self._stop_learning()]
+        if self._sound is None and self._inbox:
+            # Nothing better of our own: what the neighbours have may help.
+            self._trained = self._own
+            self._exchange.hold(self._own)
+            return [*out, *self._merge(now, event)]
         self.phase = Phase.PAUSING
-        return [_trouble("training", event), self._timer("pause", max(self._settings.pause_s, _RETRY_S))]
+        return [*out, self._timer("pause", max(self._settings.pause_s, _RETRY_S))]
 
     def _merging_failed(self, now: float, event: Event | Notice) -> list[Output]:
         assert self._trained is not None
@@ -287,6 +314,8 @@ class Gossip:
 
 
 _RETRY_S = 5.0
+MAX_JUMP = 16
+"""Rounds that a counter may gain in one merge beyond its own step."""
 _NOTHING = StopRequested()
 
 

@@ -43,6 +43,7 @@ from protocols.vocabulary import (
     PeerId,
     PeerRecord,
     Reason,
+    one_line,
     peer_of,
 )
 
@@ -257,7 +258,7 @@ class View:
         out: list[Output] = [Penalise(peer, reason, detail)]
         if peer in self._links:
             self._links[peer].closing = True
-            out += [Send(peer, Refuse(reason, detail)), Disconnect(peer, reason)]
+            out += [Send(peer, Refuse(reason, one_line(detail))), Disconnect(peer, reason)]
         return out
 
     def _on_timer(self, now: float, name: str, token: int) -> list[Output]:
@@ -374,7 +375,7 @@ class View:
         self._links[peer].closing = True
         return [
             Penalise(peer, reason, detail),
-            Send(peer, Refuse(reason, detail[:240])),
+            Send(peer, Refuse(reason, one_line(detail))),
             Disconnect(peer, reason),
         ]
 
@@ -439,7 +440,9 @@ class View:
         if self._settings.static:
             return sum(known.bootstrap for known in self._known.values())
         dialling = sum(known.dialling for known in self._known.values())
-        return self._settings.target_degree - len(self._links) - dialling
+        # Strangers who link up and say nothing must not keep us from dialling.
+        counted = sum(link.outbound or link.hello is not None for link in self._links.values())
+        return self._settings.target_degree - counted - dialling
 
     def _choose(self, due: list[tuple[PeerId, _Known]]) -> Iterable[tuple[PeerId, _Known]]:
         if self._settings.static:

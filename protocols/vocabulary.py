@@ -38,9 +38,11 @@ _PRINTABLE = r"^[!-~]+\Z"
 Address = Annotated[str, Meta(min_length=1, max_length=256, pattern=_PRINTABLE)]
 """A multiaddr that ends in `/p2p/<peer id>`."""
 Round = Annotated[int, Meta(ge=0, le=MAX_ROUND)]
-Name = Annotated[str, Meta(min_length=1, max_length=64)]
-Detail = Annotated[str, Meta(max_length=240)]
-"""A sentence for the operator on the other side."""
+_ONE_LINE = r"^[^\x00-\x1f\x7f-\x9f]*$"
+Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=_ONE_LINE)]
+MAX_DETAIL_CHARS = 240
+Detail = Annotated[str, Meta(max_length=MAX_DETAIL_CHARS, pattern=_ONE_LINE)]
+"""A sentence for the operator on the other side: no control characters, so that no peer writes to a terminal."""
 WirePeerId = Annotated[str, Meta(min_length=1, max_length=128, pattern=_PRINTABLE)]
 WireDigest = Annotated[bytes, Meta(min_length=DIGEST_BYTES, max_length=DIGEST_BYTES)]
 
@@ -112,6 +114,11 @@ class PeerRecord(Struct, frozen=True, array_like=True, forbid_unknown_fields=Tru
 
     peer: WirePeerId
     addresses: Annotated[tuple[Address, ...], Meta(max_length=MAX_ADDRESSES)]
+
+
+def one_line(text: str) -> str:
+    """Any text as a `Detail`: control characters become spaces, and it is cut to length."""
+    return "".join(" " if ord(c) < 32 or 127 <= ord(c) < 160 else c for c in text)[:MAX_DETAIL_CHARS]
 
 
 def peer_of(address: str) -> PeerId | None:

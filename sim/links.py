@@ -45,11 +45,12 @@ def sim_address(peer: PeerId) -> str:
 class _Link:
     """One link between two nodes. Each end counts as up from the moment its `LinkUp` was delivered."""
 
-    __slots__ = ("arrives_at", "ends", "open", "up")
+    __slots__ = ("arrives_at", "closing", "ends", "open", "up")
 
     def __init__(self, ends: tuple[PeerId, PeerId]) -> None:
         self.ends = ends
         self.open = True
+        self.closing = False
         self.up: set[PeerId] = set()
         self.arrives_at: dict[PeerId, float] = {}
 
@@ -109,7 +110,9 @@ class SimNetwork:
             self._soon(me, DialFailed(address, Reason.UNREACHABLE, "connection refused"))
             return
         pair = _pair(me, peer)
-        if pair in self._links:
+        if standing := self._links.get(pair):
+            if standing.closing:
+                self._soon(me, DialFailed(address, Reason.LINK, "the link before it is still closing"))
             return
         link = self._links[pair] = _Link(pair)
         self._clock.after(0.0, lambda: self._come_up(link, me, LinkUp(peer, True, address)))
@@ -153,6 +156,7 @@ class SimNetwork:
         if link is None or me not in link.up:
             return
         link.up.discard(me)
+        link.closing = True
         self._soon(me, LinkDown(peer, reason))
         self._in_order(link, peer, lambda: self._close(link, peer))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from node.libp2p_network import MAX_SERVES, Libp2pNetwork
+from node.libp2p_network import MAX_SERVES_PER_PEER, Libp2pNetwork
 from node.ports import NetworkEvent
 from node.store import Blob, BlobStore
 from protocols.errors import ConfigError, LocalError
@@ -109,11 +109,11 @@ async def test_more_fetches_than_the_server_allows_are_told_busy(
     make_peer: MakePeer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     a, b = await linked(make_peer)
-    refs = [b.store.save(bytes([i]) * 3_000_000, 1, 1) for i in range(MAX_SERVES + 4)]
+    refs = [b.store.save(bytes([i]) * 3_000_000, 1, 1) for i in range(MAX_SERVES_PER_PEER + 4)]
     for token, ref in enumerate(refs):
         a.network.fetch(token, b.network.me, ref)
     await a.until(lambda: len(a.all(Fetched)) + len(a.all(FetchFailed)) == len(refs))
-    assert len(a.all(Fetched)) >= MAX_SERVES
+    assert len(a.all(Fetched)) >= MAX_SERVES_PER_PEER
     assert {event.reason for event in a.all(FetchFailed)} <= {Reason.BUSY}  # type: ignore[union-attr]
 
 

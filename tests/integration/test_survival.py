@@ -1,6 +1,8 @@
 """What must hold when daemons die, disks lie and the bootstrap peer is not there. Real processes on loopback."""
 
+import os
 import random
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -140,3 +142,63 @@ def test_without_the_bootstrap_peer_the_rest_go_on_and_find_each_other_after_res
             node.wait_for(
                 lambda s: s["live_peers"] == 1 and s["merged"] == 1, "each other, from stored peers"
             )
+
+
+def test_a_frozen_peer_is_let_go_and_welcomed_back_when_it_thaws(tmp_path: Path) -> None:
+    with Cluster() as cluster:
+        ports = [free_port() for _ in range(2)]
+        awake = cluster.add(tmp_path / "awake", settings(0, 2, ports[0], []))
+        frozen = cluster.add(tmp_path / "frozen", settings(1, 2, ports[1], [address(awake, ports[0])]))
+        for node in cluster.nodes:
+            node.start()
+        awake.wait_for(lambda s: s["live_peers"] == 1 and s["merged"] == 1, "a merge")
+        assert frozen.pid is not None
+        os.kill(frozen.pid, signal.SIGSTOP)
+        try:
+            reached = awake.wait_for(lambda s: s["live_peers"] == 0, "the silence to be noticed")["round"]
+            awake.wait_for(lambda s: s["round"] > reached + 3, "rounds alone")
+        finally:
+            os.kill(frozen.pid, signal.SIGCONT)
+        awake.wait_for(lambda s: s["live_peers"] == 1 and s["merged"] == 1, "the return")
+
+
+SLOW_TASK = """
+import torch
+from torch import nn
+from node.tasks import Task
+
+
+class Slow(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(8, 2)
+
+    def forward(self, inputs):
+        noise = torch.randn(1500, 1500)
+        for _ in range(200):
+            noise = noise @ noise / 1500
+        return self.layer(inputs) + 0 * noise.mean()
+
+
+def make_task():
+    inputs, targets = torch.randn(50, 8), torch.randint(0, 2, (50,))
+    return Task("slow", Slow, (inputs, targets), (inputs, targets))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_in_the_middle_of_a_long_training_is_clean_and_quick(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    tables = settings(0, 1, free_port(), [])
+    tables["task"] = {"name": "slow_task.py:make_task"}
+    with Cluster() as cluster:
+        node = cluster.add(tmp_path / "n", tables)
+        (node.home / "slow_task.py").write_text(SLOW_TASK)
+        node.start()
+        status = node.wait_for(lambda s: s["phase"] == "training", "the training")
+        os.kill(status["pid"], number)
+        assert node.wait_for_exit(timeout_s=5.0) == 0, node.log()[-2000:]
+        assert "stopped" in node.log()
+        assert "terminate called" not in node.log()
+        assert newest_checkpoints(node.home)

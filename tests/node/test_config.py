@@ -225,7 +225,9 @@ tables = st.fixed_dictionaries(
         "network": st.fixed_dictionaries(
             {},
             optional={
-                "name": st.text(st.characters(codec="utf-8"), min_size=1, max_size=64),
+                "name": st.text(
+                    st.characters(codec="utf-8", exclude_categories=["Cc"]), min_size=1, max_size=64
+                ),
                 "bootstrap": st.lists(st.sampled_from([ADDRESS, "/dns/a.example/tcp/1/p2p/x"]), max_size=2),
                 "target_degree": st.integers(0, 24),
                 "heartbeat_s": st.floats(0.001, 10),

@@ -85,7 +85,7 @@ def test_a_key_that_others_can_read_is_found(home: Path) -> None:
     (home / "identity.pem").chmod(0o644)
     (finding,) = failures(examine(home))
     assert finding.step == "key"
-    assert f"chmod 600 {home / 'identity.pem'}" in finding.detail
+    assert f"chmod 600 {home / 'identity.pem'}" in finding.remedy
 
 
 def test_a_missing_key_is_found(home: Path) -> None:

@@ -130,6 +130,13 @@ class Shell:
         return {name: part.calls for name, part in parts.items() if part.calls}
 
 
+async def turn() -> None:
+    """Until everything that was handed to the loop before has run."""
+    done = asyncio.Event()
+    asyncio.get_running_loop().call_soon(done.set)
+    await done.wait()
+
+
 def answer(order: WorkOrder) -> WorkResult:
     match order:
         case Train(token):
@@ -175,6 +182,7 @@ async def test_an_effect_does_exactly_its_thing(
     shell: Shell, effect: Effect, expected: dict[str, list[tuple[Any, ...]]]
 ) -> None:
     shell.perform(effect)
+    await turn()  # a fetch comes back from the disk's queue to the loop
     assert shell.calls() == expected
     assert shell.core.heard == [(42.0, BEGIN)]
     assert not shell.driver.halted.is_set()
@@ -361,3 +369,27 @@ def test_a_result_after_the_loop_has_closed_is_dropped() -> None:
     finally:
         threading.excepthook = hook
     assert errors == []
+
+
+async def test_a_fetch_waits_until_an_earlier_forget_of_the_same_model_is_done(shell: Shell) -> None:
+    hold = threading.Event()
+    shell.driver._disk.submit(hold.wait, 10)
+    shell.core.script[BEGIN] = [Forget(REF), Fetch(7, A, REF)]
+    shell.driver.handle(BEGIN)
+    await turn()
+    assert not shell.calls(), "neither before the disk is free"
+    hold.set()
+    shell.driver._disk.submit(lambda: None).result(timeout=10)
+    await turn()
+    assert shell.store.calls == [("forget", REF.digest)]
+    assert shell.network.calls == [("fetch", 7, A, REF)]
+
+
+async def test_a_step_that_breaks_in_the_middle_halts_the_node_with_the_reason(shell: Shell) -> None:
+    def broken(token: int, peer: PeerId, message: object) -> None:
+        raise RuntimeError("a bug")
+
+    shell.network.send = broken  # type: ignore[method-assign]
+    shell.perform(Send(A, Bye()))
+    assert shell.driver.halted.is_set()
+    assert isinstance(shell.driver.failure, RuntimeError | TypeError)

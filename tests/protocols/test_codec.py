@@ -122,8 +122,8 @@ def refusal(data: bytes, decoder: FrameDecoder | None = None) -> Reason:
 # --- strategies -----------------------------------------------------------------------------------------
 printable = st.characters(min_codepoint=33, max_codepoint=126)
 addresses = st.lists(st.text(printable, min_size=1, max_size=256), max_size=MAX_ADDRESSES).map(tuple)
-names = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=64)
-details = st.text(st.characters(exclude_categories=["Cs"]), max_size=240)
+names = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=64)
+details = st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=240)
 digests = st.binary(min_size=32, max_size=32)
 rounds = st.integers(0, MAX_ROUND)
 reasons = st.sampled_from(Reason)
@@ -417,3 +417,9 @@ def test_our_own_bounds_are_checked_by_the_reader_not_the_writer() -> None:
     assert refusal(encode(Heartbeat(MAX_ROUND + 1, True))) is Reason.MALFORMED
     with pytest.raises(msgspec.ValidationError):
         msgspec.convert(MAX_ROUND + 1, type=ModelRef.__annotations__["round"])
+
+
+@pytest.mark.parametrize("text", ["\x1b[2J", "line\nline", "\x00", "\x7f", "\x9b31m"])
+def test_no_peer_writes_control_characters_to_a_terminal(text: str) -> None:
+    assert refusal(encode(Refuse(Reason.FULL, text))) is Reason.MALFORMED
+    assert refusal(encode(Hello(1, text, "gossip", "digits", bytes(32), ()))) is Reason.MALFORMED

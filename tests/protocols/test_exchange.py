@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protocols.events import (
+    Disconnect,
     Effect,
     Event,
     Fetch,
@@ -28,7 +29,7 @@ from protocols.events import (
     TimerFired,
 )
 from protocols.exchange import Exchange, ExchangeSettings
-from protocols.messages import Bye, Decline, Heartbeat, Hello, Offer
+from protocols.messages import Bye, Decline, Heartbeat, Hello, Offer, Refuse
 from protocols.view import View, ViewSettings
 from protocols.vocabulary import HOSTILE, ModelRef, PeerId, Reason
 
@@ -161,8 +162,8 @@ def test_a_model_larger_than_any_honest_one_is_penalised() -> None:
     rig = Rig(A)
     before = rig.picture()
     assert rig.offered(A, ref(1, size=MAX_BYTES + 1)) == [
-        Penalise(A, Reason.TOO_LARGE, "offered 1001 bytes, at most 1000 fit the task"),
         Send(A, Decline(ref(1).digest, Reason.TOO_LARGE)),
+        Penalise(A, Reason.TOO_LARGE, "offered 1001 bytes, at most 1000 fit the task"),
     ]
     assert rig.picture() == before
     assert of(Fetch, rig.offered(A, ref(2, size=MAX_BYTES)))
@@ -470,3 +471,12 @@ def test_giving_up_on_several_waiting_peers_at_once_is_no_trouble() -> None:
     out = rig.step(Fetched(1))
     assert of(Forget, out) == [Forget(ref(2)), Forget(ref(3))]
     assert of(Fetch, out) == [Fetch(4, PeerId("D"), ref(4))]
+
+
+def test_the_third_refused_model_on_one_link_ends_it() -> None:
+    rig = Rig(A)
+    for number in (1, 2):
+        assert not of(Disconnect, rig.offered(A, ref(number, size=MAX_BYTES + 1)))
+    out = rig.offered(A, ref(3, size=MAX_BYTES + 1))
+    assert of(Disconnect, out) == [Disconnect(A, Reason.TOO_LARGE)]
+    assert isinstance(of(Send, out)[-1].message, Refuse)

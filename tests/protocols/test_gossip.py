@@ -39,7 +39,7 @@ from protocols.events import (
     WorkFailed,
 )
 from protocols.exchange import Exchange, ExchangeSettings
-from protocols.gossip import Gossip, GossipSettings
+from protocols.gossip import MAX_JUMP, Gossip, GossipSettings
 from protocols.messages import Heartbeat, Hello, Offer
 from protocols.view import View, ViewSettings
 from protocols.vocabulary import MAX_ROUND, ModelRef, PeerId, Reason
@@ -243,7 +243,7 @@ def test_the_deadline_merges_what_is_there() -> None:
 
 def test_a_deadline_with_nothing_there_goes_on_with_the_own_model() -> None:
     rig = at(Phase.COLLECTING)
-    assert rig.deadline() == [Forget(OWN), Evaluate(rig.token, ref(2))]
+    assert rig.deadline() == [Evaluate(rig.token, ref(2))]
     assert record(rig.step(Evaluated(rig.token, {}))).num_merged == 0
     assert rig.gossip.own == ref(2, round_=1)
 
@@ -257,7 +257,7 @@ def test_a_node_alone_does_not_wait_for_anybody() -> None:
 def test_merging_ends_in_an_evaluation_of_the_merged_model() -> None:
     rig = at(Phase.MERGING)
     out = rig.step(Aggregated(rig.token, ref(4)))
-    assert out == [Forget(OWN), Forget(ref(3)), Evaluate(rig.token, ref(4))]
+    assert out == [Forget(ref(3)), Evaluate(rig.token, ref(4))]
     assert rig.gossip.own == ref(4)
 
 
@@ -355,7 +355,8 @@ def test_a_single_liar_alone_in_a_merge_does_not_move_the_round() -> None:
 
 
 def test_no_lie_takes_the_round_out_of_what_can_be_sent() -> None:
-    assert merged_round(5, MAX_ROUND, MAX_ROUND) == MAX_ROUND
+    assert merged_round(5, MAX_ROUND, MAX_ROUND) == 5 + MAX_JUMP + 1
+    assert merged_round(MAX_ROUND - 3, MAX_ROUND, MAX_ROUND) == MAX_ROUND
     assert merged_round(MAX_ROUND) == MAX_ROUND
 
 
@@ -390,6 +391,7 @@ def test_the_last_round_ends_learning_and_says_so() -> None:
         Emit(LearningDone(round=1)),
         Send(A, Heartbeat(1, False)),
         Send(B, Heartbeat(1, False)),
+        Forget(OWN),
     ]
     assert rig.gossip.phase is Phase.DONE
     assert not rig.exchange.open
@@ -440,14 +442,36 @@ def test_failed_training_is_told_and_tried_again_after_a_rest() -> None:
     out = rig.step(WorkFailed(rig.token, "no memory"))
     assert trouble(out) == [Trouble(what="training", detail="no memory")]
     assert of(SetTimer, out) == [SetTimer(Timer("learning", "pause", rig.token), 5)]
-    assert rig.step(TimerFired(Timer("learning", "pause", rig.token))) == [Train(rig.token, OWN, 0)]
+    again = rig.step(TimerFired(Timer("learning", "pause", rig.token)))
+    assert again == [Train(rig.token, ref(1, round_=1), 1)], (
+        "the same round would draw the same batches and fail again"
+    )
+
+
+def test_a_model_that_cannot_be_trained_on_gives_way_to_the_last_one_that_could() -> None:
+    rig = at(Phase.MERGING, pause_s=0)
+    rig.step(Aggregated(rig.token, ref(4)))
+    (train,) = of(Train, rig.step(Evaluated(rig.token, {})))
+    assert train.ref.digest == ref(4).digest
+    out = rig.step(WorkFailed(rig.token, "made 0.weight non-finite"))
+    assert of(Forget, out) == [Forget(ref(4, round_=1))]
+    (train,) = of(Train, rig.step(TimerFired(Timer("learning", "pause", rig.token))))
+    assert (train.ref.digest, train.round) == (OWN.digest, 2)
+
+
+def test_without_a_better_model_of_its_own_a_node_merges_what_it_was_given() -> None:
+    rig = at(Phase.TRAINING)
+    rig.arrive(A, ref(9))
+    out = rig.step(WorkFailed(rig.token, "boom"))
+    assert [item.peer for item in of(Aggregate, out)[0].inputs] == [A]
+    assert rig.gossip.phase is Phase.MERGING
 
 
 def test_a_failed_merge_goes_on_with_the_own_model_and_counts_nothing_as_merged() -> None:
     rig = at(Phase.MERGING)
     out = rig.step(WorkFailed(rig.token, "boom"))
     assert trouble(out) == [Trouble(what="merging", detail="boom")]
-    assert set(of(Forget, out)) == {Forget(OWN), Forget(ref(3))}
+    assert set(of(Forget, out)) == {Forget(ref(3))}
     assert of(Evaluate, out) == [Evaluate(rig.token, ref(2))]
     assert record(rig.step(Evaluated(rig.token, {}))).num_merged == 0
 
@@ -561,7 +585,7 @@ def test_after_many_rounds_only_what_is_needed_is_held() -> None:
                 out = []
         forgotten += [item.ref.digest for item in of(Forget, out)]
         item = rig.gossip
-        needed = [item._own, item._trained, *item._inbox.values(), *rig.exchange._offered]
+        needed = [item._own, item._trained, item._sound, *item._inbox.values(), *rig.exchange._offered]
         if item.phase is Phase.MERGING:
             needed += [model.ref for model in item._merging]
         assert set(rig.exchange._held) == {model.digest for model in needed if model}
