@@ -16,7 +16,7 @@ from node.tasks import Task, build_model
 from node.training import evaluate, train
 from node.weights import encode_params, load_params
 from protocols.events import Aggregate, Aggregated, Evaluate, Evaluated, Train, Trained, WorkFailed
-from protocols.vocabulary import ModelRef
+from protocols.vocabulary import ModelRef, one_line
 
 WorkOrder = Train | Aggregate | Evaluate
 WorkResult = Trained | Aggregated | Evaluated | WorkFailed
@@ -89,7 +89,7 @@ class Work:
                     params = self._models.load(order.ref)
                     return Evaluated(order.token, evaluate(self._task, params, model=self._model))
         except Exception as error:  # a user's model, loss or metrics may raise anything
-            return WorkFailed(order.token, f"{type(error).__name__}: {error}"[:240])
+            return WorkFailed(order.token, one_line(f"{type(error).__name__}: {error}"))
 
     def _train(self, order: Train) -> Trained:
         params, num_samples = train(

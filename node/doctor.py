@@ -1,7 +1,6 @@
 """Every step of joining a network, tried one by one: which works, which fails, and what to do about it."""
 
 import asyncio
-import re
 import tempfile
 from pathlib import Path
 from typing import Literal
@@ -9,12 +8,12 @@ from typing import Literal
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from msgspec import Struct
 
-from node.addresses import check_free
+from node.addresses import check_free, split_tcp
 from node.api import call
 from node.config import CONFIG_FILE, Config, load_config
 from node.identity import KEY_FILE, load_key, peer_id_of
 from node.ports import NetworkEvent
-from protocols.errors import CoveyError, LocalError, PeerError
+from protocols.errors import ConfigError, CoveyError, LocalError, PeerError
 from protocols.events import DialFailed, LinkDown, LinkUp, Received
 from protocols.messages import Hello, Refuse
 from protocols.view import mismatch
@@ -167,10 +166,10 @@ _REMEDIES = {
 
 async def _connect_tcp(address: str) -> Finding | None:
     step = f"bootstrap {address}"
-    found = re.match(r"/(?:ip4|ip6|dns|dns4|dns6)/([^/]+)/tcp/(\d+)/", address)
-    if not found:
+    try:
+        _, host, port = split_tcp(address, "network.bootstrap")
+    except ConfigError:
         return Finding(step, "failed", "not a TCP address", "use /ip4/<address>/tcp/<port>/p2p/<peer id>")
-    host, port = found[1], int(found[2])
     try:
         async with asyncio.timeout(5):
             _, writer = await asyncio.open_connection(host, port)

@@ -40,7 +40,7 @@ from protocols.codec import FrameDecoder, encode, fetch_decoder, link_decoder
 from protocols.errors import ConfigError, LocalError, PeerError
 from protocols.events import DialFailed, Fetched, FetchFailed, LinkDown, LinkUp, Received, Rejected
 from protocols.messages import FetchHeader, FetchMessage, FetchRefused, FetchRequest, LinkMessage
-from protocols.vocabulary import CHUNK_BYTES, ModelRef, PeerId, Reason, peer_of
+from protocols.vocabulary import CHUNK_BYTES, ModelRef, PeerId, Reason, one_line, peer_of
 
 log = logging.getLogger(__name__)
 
@@ -229,7 +229,7 @@ class Libp2pNetwork:
         return dialable(str(address) for address in self._host.get_addrs())
 
     def _on_insecure(self, detail: str) -> None:
-        self._post_now(Rejected(PeerId(""), Reason.SECURITY, detail[:240]))
+        self._post_now(Rejected(PeerId(""), Reason.SECURITY, one_line(detail)))
 
     # --- links ------------------------------------------------------------------------------------------
     def _start_dial(self, address: str) -> None:
@@ -256,7 +256,7 @@ class Libp2pNetwork:
             return
         self._dialling.discard(peer)
         if peer not in self._links:
-            await self._post(DialFailed(address, failure[0], failure[1][:240]))
+            await self._post(DialFailed(address, failure[0], one_line(failure[1])))
 
     async def _open(self, address: str) -> INetStream:
         info = info_from_p2p_addr(Multiaddr(address))
@@ -309,7 +309,7 @@ class Libp2pNetwork:
         await self._close_stream(stream)
         if self._links.get(peer) is link:
             del self._links[peer]
-            self._post_now(LinkDown(peer, reason, detail[:240]))
+            self._post_now(LinkDown(peer, reason, one_line(detail)))
 
     async def _close_stream(self, stream: INetStream) -> None:
         """End a stream, and its connection unless another link lives on it."""
@@ -324,11 +324,15 @@ class Libp2pNetwork:
                 return
             except Exception as error:  # already broken: all the better
                 log.debug("closing a stream: %r", error)
-        if not shared:
-            # The other side does not even take a goodbye: the socket is closed under it.
+        if shared:
+            return
+        # The other side does not even take a goodbye: the socket is closed under it.
+        try:
             with trio.CancelScope(shield=True), trio.move_on_after(LINGER_S):
                 await connection.secured_conn.close()
             self._host.get_network().remove_conn(stream.swarm_conn)
+        except Exception as error:  # what is broken for one peer must not end the thread for all
+            log.debug("closing a connection: %r", error)
 
     async def _converse(self, link: _Link) -> tuple[Reason, str]:
         """Read and write until either side ends it; why it ended."""
@@ -409,9 +413,9 @@ class Libp2pNetwork:
         except trio.TooSlowError:
             event = FetchFailed(token, Reason.TIMEOUT, f"no byte for {STALL_TIMEOUT_S:.0f} s")
         except OSError as error:
-            event = FetchFailed(token, Reason.BUSY, f"our disk: {error}"[:240])
+            event = FetchFailed(token, Reason.BUSY, one_line(f"our disk: {error}"))
         except Exception as error:  # py-libp2p raises many kinds here; all mean that the stream broke
-            event = FetchFailed(token, Reason.LINK, _root_cause(error)[:240])
+            event = FetchFailed(token, Reason.LINK, one_line(_root_cause(error)))
         else:
             event = Fetched(token)
         await self._post(event)
