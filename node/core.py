@@ -5,13 +5,16 @@ does so in real time, `sim/world.py` in virtual time.
 """
 
 import random
-from collections import deque
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
 
 from msgspec import Struct, field
 
 from protocols.events import Effect, Event, Halt, Notice, Phase, StopRequested
 from protocols.exchange import Exchange, ExchangeSettings
 from protocols.gossip import Gossip, GossipSettings
+from protocols.machine import Handler, Machine, kind_of
 from protocols.messages import Hello
 from protocols.view import NO_LEARNING, PeerStatus, View, ViewSettings
 from protocols.vocabulary import PROTOCOL_VERSION, ModelRef, PeerId, SchemaHash
@@ -43,27 +46,23 @@ class NodeCore:
         if self.learning is None:
             self.exchange.open = False
             self.view.active = False
+        self._machines = tuple(m for m in (self.view, self.exchange, self.learning) if m is not None)
+        self._handlers = _handlers(tuple(type(machine) for machine in self._machines))
 
     def step(self, now: float, event: Event) -> list[Effect]:
         """Decide on one event. `now` is in seconds and never goes back."""
         effects: list[Effect] = []
-        pending: deque[Event | Notice] = deque((event,))
-        while pending:
-            for output in self._route(now, pending.popleft()):
-                if isinstance(output, Notice):
-                    pending.append(output)
-                else:
-                    effects.append(output)
-        if isinstance(event, StopRequested):
+        waiting: list[Any] = [event]
+        for happening in waiting:
+            for machine, handler in self._handlers.get(kind_of(happening), ()):
+                for output in handler(self._machines[machine], now, happening):
+                    if type(output) in _NOTICES:
+                        waiting.append(output)  # its turn comes when the event's own effects are complete
+                    else:
+                        effects.append(output)  # type: ignore[arg-type]
+        if type(event) is StopRequested:
             effects.append(Halt())
         return effects
-
-    def _route(self, now: float, event: Event | Notice) -> list[Effect | Notice]:
-        out = [] if isinstance(event, Notice) else self.view.step(now, event)
-        out += self.exchange.step(now, event)
-        if self.learning is not None:
-            out += self.learning.step(now, event)
-        return out
 
     # --- for the operator -------------------------------------------------------------------------------
     @property
@@ -81,6 +80,19 @@ class NodeCore:
 
     def peers(self) -> list[PeerStatus]:
         return self.view.status()
+
+
+_NOTICES = frozenset(Notice.__subclasses__())
+
+
+@cache
+def _handlers(machines: tuple[type[Machine], ...]) -> Mapping[type, Sequence[tuple[int, Handler]]]:
+    """Who deals with which kind of event, in the order of the machines. One table for all cores of a process."""
+    kinds = dict.fromkeys(kind for machine in machines for kind in machine.HANDLERS)
+    return {
+        kind: tuple((i, m.HANDLERS[kind]) for i, m in enumerate(machines) if kind in m.HANDLERS)
+        for kind in kinds
+    }
 
 
 def _gossip(settings: CoreSettings, view: View, exchange: Exchange) -> Gossip:

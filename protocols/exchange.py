@@ -5,20 +5,18 @@ rounds or merging: what arrives is handed on as a `ModelArrived` notice.
 """
 
 from collections import Counter
-from typing import Annotated
+from collections.abc import Mapping, Sequence
+from typing import Annotated, ClassVar
 
 from msgspec import Meta, Struct
 
 from protocols.events import (
     Disconnect,
-    Effect,
-    Event,
     Fetch,
     Fetched,
     FetchFailed,
     Forget,
     ModelArrived,
-    Notice,
     PeerDown,
     PeerUp,
     Penalise,
@@ -28,9 +26,10 @@ from protocols.events import (
     Timer,
     TimerFired,
 )
+from protocols.machine import Handler, Machine, Output
 from protocols.messages import Decline, Offer, Refuse
 from protocols.view import View
-from protocols.vocabulary import HOSTILE, Digest, ModelRef, PeerId, Reason, one_line
+from protocols.vocabulary import HOSTILE, ModelRef, PeerId, Reason, one_line
 
 MAX_STRIKES = 3
 """Refused models after which a link is closed; the view then backs off for its longest time."""
@@ -60,10 +59,7 @@ class _Transfer:
         self.fetching = False
 
 
-Output = Effect | Notice
-
-
-class Exchange:
+class Exchange(Machine):
     """The model exchange of one node."""
 
     def __init__(self, settings: ExchangeSettings, view: View, max_model_bytes: int) -> None:
@@ -73,17 +69,18 @@ class Exchange:
         self._offered: list[ModelRef] = []
         self._waiting: dict[PeerId, ModelRef] = {}
         self._transfers: dict[int, _Transfer] = {}
-        self._held: Counter[Digest] = Counter()
+        self._held: dict[bytes, int] = {}
         self._strikes: Counter[PeerId] = Counter()
         self._next_token = 0
         self.open = True
         """Whether models are wanted at all; closed once the node has finished learning."""
 
     # --- what the learning protocol asks ----------------------------------------------------------------
-    def offer(self, ref: ModelRef) -> list[Output]:
-        """Tell every learning neighbour of a new own model; the oldest one offered is let go."""
+    def offer(self, ref: ModelRef, peers: Sequence[PeerId]) -> list[Output]:
+        """Tell these neighbours of a new own model; the oldest one offered is let go."""
         out = self.present(ref)
-        out += [Send(peer, Offer(ref)) for peer in self._view.live_learners()]
+        message = Offer(ref)
+        out += [Send(peer, message) for peer in peers]
         return out
 
     def present(self, ref: ModelRef) -> list[Output]:
@@ -97,44 +94,24 @@ class Exchange:
 
     def hold(self, ref: ModelRef) -> None:
         """Somebody in the core needs this model."""
-        self._held[Digest(ref.digest)] += 1
+        self._held[ref.digest] = self._held.get(ref.digest, 0) + 1
 
     def release(self, ref: ModelRef) -> list[Output]:
         """One holder less; the last one lets it be forgotten."""
-        digest = Digest(ref.digest)
-        assert self._held[digest] > 0, "a model was released more often than it was held"
-        self._held[digest] -= 1
-        if self._held[digest]:
+        digest = ref.digest
+        left = self._held.get(digest, 0) - 1
+        assert left >= 0, "a model was released more often than it was held"
+        if left:
+            self._held[digest] = left
             return []
         del self._held[digest]
         # The same bytes may be coming in from a peer: then the end of that transfer settles it.
         return [] if self._in_transit(ref) else [Forget(ref)]
 
     # --- events -----------------------------------------------------------------------------------------
-    def step(self, now: float, event: Event | Notice) -> list[Output]:
-        """What the event means for the exchange; `ModelArrived` hands one hold to whoever takes it."""
-        match event:
-            case Received(peer, Offer(ref)):
-                return self._on_offer(peer, ref)
-            case Fetched(token):
-                return self._on_fetched(token)
-            case FetchFailed(token, reason, detail):
-                return self._on_fetch_failed(token, reason, detail)
-            case TimerFired(Timer("exchange", _, token)):
-                transfer = self._transfers.get(token)
-                return [] if transfer is None or transfer.fetching else self._attempt(token)
-            case PeerUp(peer):
-                if self._offered and self._view.learns(peer):
-                    return [Send(peer, Offer(self._offered[-1]))]
-                return []
-            case PeerDown(peer):
-                del self._strikes[peer]
-                self._waiting.pop(peer, None)
-                return []
-            case _:
-                return []
-
-    def _on_offer(self, peer: PeerId, ref: ModelRef) -> list[Output]:
+    def _on_offer(self, now: float, event: Received) -> list[Output]:
+        assert isinstance(event.message, Offer)
+        peer, ref = event.peer, event.message.ref
         if not self._view.learns(peer):
             return []
         if ref.size_bytes > self._max_model_bytes:
@@ -145,9 +122,10 @@ class Exchange:
             ]
         if not self.open:
             return [Send(peer, Decline(ref.digest, Reason.IDLE))]
-        if any(transfer.peer == peer and transfer.ref == ref for transfer in self._transfers.values()):
-            return []
-        if Digest(ref.digest) in self._held:
+        for transfer in self._transfers.values():
+            if transfer.peer == peer and transfer.ref == ref:
+                return []
+        if ref.digest in self._held:
             return self._hand_on(peer, ref)
         out: list[Output] = []
         self._waiting.pop(peer, None)
@@ -167,6 +145,8 @@ class Exchange:
 
     def _start_waiting(self) -> list[Output]:
         out: list[Output] = []
+        if not self._waiting:
+            return out
         if not self.open:
             out += [Send(peer, Decline(ref.digest, Reason.IDLE)) for peer, ref in self._waiting.items()]
             self._waiting.clear()
@@ -175,7 +155,7 @@ class Exchange:
             ref = self._waiting.get(peer)
             if ref is None:
                 continue  # taken up while giving up on one before it
-            if Digest(ref.digest) in self._held:
+            if ref.digest in self._held:
                 out += self._hand_on(peer, self._waiting.pop(peer))
             elif len(self._transfers) >= self._settings.max_parallel_fetches:
                 break
@@ -187,7 +167,8 @@ class Exchange:
 
     def _in_transit(self, ref: ModelRef) -> bool:
         """The same bytes may be on their way from another peer; one copy is enough."""
-        return any(transfer.ref.digest == ref.digest for transfer in self._transfers.values())
+        transfers = self._transfers
+        return bool(transfers) and any(item.ref.digest == ref.digest for item in transfers.values())
 
     def _hand_on(self, peer: PeerId, ref: ModelRef) -> list[Output]:
         """The learning protocol takes over this hold, and releases it."""
@@ -202,21 +183,23 @@ class Exchange:
         transfer.fetching = True
         return [Fetch(token, transfer.peer, transfer.ref)]
 
-    def _on_fetched(self, token: int) -> list[Output]:
-        transfer = self._transfers.get(token)
+    def _on_fetched(self, now: float, event: Fetched) -> list[Output]:
+        """`ModelArrived` hands one hold to whoever takes it."""
+        transfer = self._transfers.get(event.token)
         if transfer is None or not transfer.fetching:
             return []
-        del self._transfers[token]
+        del self._transfers[event.token]
         return [*self._hand_on(transfer.peer, transfer.ref), *self._start_waiting()]
 
-    def _on_fetch_failed(self, token: int, reason: Reason, detail: str) -> list[Output]:
+    def _on_fetch_failed(self, now: float, event: FetchFailed) -> list[Output]:
+        token, reason = event.token, event.reason
         transfer = self._transfers.get(token)
         if transfer is None or not transfer.fetching:
             return []
         transfer.fetching = False
         out: list[Output] = []
         if reason in HOSTILE:
-            out += self._strike(transfer.peer, reason, detail)
+            out += self._strike(transfer.peer, reason, event.detail)
         superseded = transfer.peer in self._waiting
         exhausted = transfer.attempts >= self._settings.max_attempts
         if reason in HOSTILE or reason is Reason.GONE or superseded or exhausted:
@@ -227,5 +210,29 @@ class Exchange:
     def _give_up(self, token: int) -> list[Output]:
         ref = self._transfers.pop(token).ref
         # Half of it may lie on the disk, kept for the attempt that will not come.
-        forget: list[Output] = [] if Digest(ref.digest) in self._held else [Forget(ref)]
+        forget: list[Output] = [] if ref.digest in self._held else [Forget(ref)]
         return forget + self._start_waiting()
+
+    def _on_timer(self, now: float, event: TimerFired) -> list[Output]:
+        token = event.timer.token
+        transfer = self._transfers.get(token) if event.timer.owner == "exchange" else None
+        return [] if transfer is None or transfer.fetching else self._attempt(token)
+
+    def _on_peer_up(self, now: float, event: PeerUp) -> list[Output]:
+        if self._offered and self._view.learns(event.peer):
+            return [Send(event.peer, Offer(self._offered[-1]))]
+        return []
+
+    def _on_peer_down(self, now: float, event: PeerDown) -> list[Output]:
+        del self._strikes[event.peer]
+        self._waiting.pop(event.peer, None)
+        return []
+
+    HANDLERS: ClassVar[Mapping[type, Handler]] = {
+        Offer: _on_offer,
+        Fetched: _on_fetched,
+        FetchFailed: _on_fetch_failed,
+        TimerFired: _on_timer,
+        PeerUp: _on_peer_up,
+        PeerDown: _on_peer_down,
+    }

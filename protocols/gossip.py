@@ -6,9 +6,9 @@ Nodes keep their own round counters; how far a received model lags is data (`sta
 wait. Source of the round: arXiv 2404.04616 (train, send to all neighbours, merge what the buffer holds).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from math import ceil
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import msgspec
 from msgspec import Meta, Struct
@@ -16,7 +16,6 @@ from msgspec import Meta, Struct
 from protocols.events import (
     Aggregate,
     Aggregated,
-    Effect,
     Emit,
     Evaluate,
     Evaluated,
@@ -42,6 +41,8 @@ from protocols.events import (
     WorkFailed,
 )
 from protocols.exchange import Exchange
+from protocols.machine import Handler, Machine, Output
+from protocols.messages import Bye, Heartbeat
 from protocols.view import View
 from protocols.vocabulary import MAX_ROUND, ModelRef, PeerId
 
@@ -52,7 +53,11 @@ class GossipSettings(Struct, frozen=True, forbid_unknown_fields=True):
     rounds: Annotated[int, Meta(ge=0)] = 0
     """Rounds after which the node stops training and only serves; 0 means for ever."""
     quorum: Annotated[float, Meta(ge=0, le=1)] = 0.5
-    """Share of the learning neighbours whose model a merge waits for. 1 mixes best and is as slow as the slowest."""
+    """Share of the learning neighbours whose model a merge waits for. 1 mixes best and is as slow as the slowest;
+    0 waits for nobody and merges what has come by then."""
+    fanout: Annotated[int, Meta(ge=0, le=64)] = 0
+    """Learning neighbours, drawn each round, that are offered the new model; 0 means all. 1 is push gossip: least
+    traffic, slowest mixing. Choose quorum 0 with it, since nobody knows how many offers to await."""
     deadline_s: Annotated[float, Meta(gt=0, le=86400)] = 30.0
     """Longest wait for the quorum. Choose a few times a neighbour's training time."""
     pause_s: Annotated[float, Meta(ge=0, le=86400)] = 1.0
@@ -66,10 +71,7 @@ class GossipSettings(Struct, frozen=True, forbid_unknown_fields=True):
     """The first round begins after this long in any case."""
 
 
-Output = Effect | Notice
-
-
-class Gossip:
+class Gossip(Machine):
     """The gossip rounds of one node."""
 
     def __init__(self, settings: GossipSettings, view: View, exchange: Exchange) -> None:
@@ -92,29 +94,25 @@ class Gossip:
         """The node's current model."""
         return self._own
 
-    def step(self, now: float, event: Event | Notice) -> list[Output]:
-        """What the event means for the round: buffered first, then looked up in the table of this phase."""
-        if isinstance(event, ModelArrived):
-            out = self._receive(event.peer, event.ref)
-        elif self._is_stale(event):
-            return []
-        else:
-            out = []
-        if isinstance(event, StopRequested):
-            return self._keep_at_stop()
+    # --- events -----------------------------------------------------------------------------------------
+    def _on_event(self, now: float, event: Event | Notice) -> list[Output]:
+        """Looked up in the table of this phase."""
         handler = _TABLE.get((self.phase, type(event)))
-        return out + handler(self, now, event) if handler else out
+        return handler(self, now, event) if handler else []
 
-    def _is_stale(self, event: Event | Notice) -> bool:
-        match event:
-            case TimerFired(Timer(owner, _, token)):
-                return owner != "learning" or token != self._token or self._own is None
-            case Trained(token) | Aggregated(token) | Evaluated(token) | WorkFailed(token):
-                return token != self._token
-            case _:
-                return False
+    def _on_answer(self, now: float, event: Trained | Aggregated | Evaluated | WorkFailed) -> list[Output]:
+        return self._on_event(now, event) if event.token == self._token else []
 
-    def _keep_at_stop(self) -> list[Output]:
+    def _on_timer(self, now: float, event: TimerFired) -> list[Output]:
+        timer = event.timer
+        stale = timer.owner != "learning" or timer.token != self._token or self._own is None
+        return [] if stale else self._on_event(now, event)
+
+    def _on_arrived(self, now: float, event: ModelArrived) -> list[Output]:
+        """A model is buffered in any phase."""
+        return self._receive(event.peer, event.ref) + self._on_event(now, event)
+
+    def _keep_at_stop(self, now: float, event: StopRequested) -> list[Output]:
         """The merged model of a round whose evaluation is cut short is further than the round's own checkpoint."""
         if self._own is None:
             return []
@@ -156,8 +154,10 @@ class Gossip:
         self._trained = event.ref
         self._exchange.hold(event.ref)
         self.phase = Phase.COLLECTING
-        out += self._exchange.offer(event.ref)
-        return [*out, self._timer("deadline", self._settings.deadline_s), *self._merge_if_enough(now, event)]
+        out += self._exchange.offer(event.ref, self._view.some_learners(self._settings.fanout))
+        if self._has_enough():
+            return out + self._merge(now, event)
+        return [*out, self._timer("deadline", self._settings.deadline_s)]
 
     # --- collect ----------------------------------------------------------------------------------------
     def _receive(self, peer: PeerId, ref: ModelRef) -> list[Output]:
@@ -170,10 +170,12 @@ class Gossip:
             out += self._exchange.release(self._inbox.pop(next(iter(self._inbox))))
         return out
 
+    def _has_enough(self) -> bool:
+        quorum = self._settings.quorum
+        return not quorum or len(self._inbox) >= ceil(quorum * len(self._view.live_learners()))
+
     def _merge_if_enough(self, now: float, event: Event | Notice) -> list[Output]:
-        if len(self._inbox) < ceil(self._settings.quorum * len(self._view.live_learners())):
-            return []
-        return self._merge(now, event)
+        return self._merge(now, event) if self._has_enough() else []
 
     # --- merge ------------------------------------------------------------------------------------------
     def _merge(self, now: float, event: Event | Notice) -> list[Output]:
@@ -312,6 +314,15 @@ class Gossip:
     def _timer(self, name: str, after_s: float) -> Output:
         return SetTimer(Timer("learning", name, self._new_token()), after_s)
 
+    HANDLERS: ClassVar[Mapping[type, Handler]] = {
+        StopRequested: _keep_at_stop,
+        TimerFired: _on_timer,
+        ModelArrived: _on_arrived,
+        **dict.fromkeys((Trained, Aggregated, Evaluated, WorkFailed), _on_answer),
+        # A neighbour that finishes (its beat says so) or leaves is awaited no longer.
+        **dict.fromkeys((Started, PeerUp, PeerDown, Heartbeat, Bye), _on_event),
+    }
+
 
 _RETRY_S = 5.0
 MAX_JUMP = 16
@@ -324,9 +335,7 @@ def _trouble(what: str, event: Event | Notice) -> Output:
     return Emit(Trouble(what=what, detail=event.detail))
 
 
-_Handler = Callable[[Gossip, float, Event | Notice], list[Output]]
-
-_TABLE: dict[tuple[Phase, type], _Handler] = {
+_TABLE: dict[tuple[Phase, type], Handler] = {
     (Phase.WAITING, Started): Gossip._start,
     (Phase.WAITING, PeerUp): Gossip._begin_in_company,
     (Phase.WAITING, TimerFired): Gossip._begin,

@@ -4,9 +4,9 @@ Decides nothing about models. Other machines ask `live_learners()` and get `Peer
 """
 
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from math import inf
-from typing import Annotated
+from typing import Annotated, ClassVar, get_args
 
 from msgspec import Meta, Struct
 
@@ -14,14 +14,11 @@ from protocols.events import (
     Dial,
     DialFailed,
     Disconnect,
-    Effect,
     Emit,
-    Event,
     KeepPeer,
     LinkChanged,
     LinkDown,
     LinkUp,
-    Notice,
     PeerDown,
     PeerUp,
     Penalise,
@@ -34,6 +31,7 @@ from protocols.events import (
     Timer,
     TimerFired,
 )
+from protocols.machine import Handler, Machine, Output
 from protocols.messages import AskPeers, Bye, Heartbeat, Hello, LinkMessage, Peers, Refuse
 from protocols.vocabulary import (
     HOSTILE,
@@ -115,10 +113,7 @@ class PeerStatus(Struct, frozen=True):
     last_reason: str
 
 
-Output = Effect | Notice
-
-
-class View:
+class View(Machine):
     """The peer view of one node. Pure: `rng` and every `now` come from outside."""
 
     def __init__(self, settings: ViewSettings, me: PeerId, hello: Hello, rng: random.Random) -> None:
@@ -142,6 +137,11 @@ class View:
         return [
             peer for peer, link in self._links.items() if link.hello and link.active and _learns(link.hello)
         ]
+
+    def some_learners(self, count: int) -> list[PeerId]:
+        """So many of `live_learners()`, drawn; all of them where `count` is 0 or there are no more."""
+        peers = self.live_learners()
+        return self._rng.sample(peers, count) if 0 < count < len(peers) else peers
 
     def is_live(self, peer: PeerId) -> bool:
         link = self._links.get(peer)
@@ -177,57 +177,34 @@ class View:
         return rows
 
     # --- events -----------------------------------------------------------------------------------------
-    def step(self, now: float, event: Event) -> list[Output]:
-        """What the event means for the view; events of other machines give nothing."""
-        match event:
-            case Received(peer, message):
-                return self._on_message(now, peer, message)
-            case TimerFired(Timer("view", name)):
-                return self._on_timer(now, name, event.timer.token)
-            case LinkUp(peer, outbound):
-                return self._on_link_up(now, peer, outbound)
-            case LinkDown(peer, reason, detail):
-                return self._on_link_down(now, peer, reason, detail)
-            case DialFailed(address, reason, detail):
-                return self._on_dial_failed(now, address, reason, detail)
-            case Rejected(peer, reason, detail):
-                return self._on_rejected(peer, reason, detail)
-            case Started(addresses, peers):
-                return self._on_started(now, addresses, peers)
-            case StopRequested():
-                self._stopping = True
-                return [
-                    out
-                    for peer in self._links
-                    for out in (Send(peer, Bye()), Disconnect(peer, Reason.LEAVING))
-                ]
-            case _:
-                return []
+    def _on_stop(self, now: float, event: StopRequested) -> list[Output]:
+        self._stopping = True
+        return [out for peer in self._links for out in (Send(peer, Bye()), Disconnect(peer, Reason.LEAVING))]
 
     def heartbeat(self) -> list[Output]:
         """Tell every neighbour where we stand, now rather than at the next beat."""
         beat = Heartbeat(self.round, self.active)
         return [Send(peer, beat) for peer, link in self._links.items() if link.hello]
 
-    def _on_started(
-        self, now: float, addresses: tuple[str, ...], peers: tuple[PeerRecord, ...]
-    ) -> list[Output]:
-        self._hello = _with_addresses(self._hello, addresses)
+    def _on_started(self, now: float, event: Started) -> list[Output]:
+        self._hello = _with_addresses(self._hello, event.addresses)
         if not self._settings.static:
-            for record in peers:
+            for record in event.peers:
                 for address in record.addresses:
                     self._learn(address)
         # A drawn phase keeps a thousand nodes that start together from beating together.
         phase = self._settings.heartbeat_s * (0.5 + self._rng.random() / 2)
         return [SetTimer(Timer("view", "beat", 0), phase), *self._maintain(now)]
 
-    def _on_link_up(self, now: float, peer: PeerId, outbound: bool) -> list[Output]:
-        self._links[peer] = _Link(now, outbound)
+    def _on_link_up(self, now: float, event: LinkUp) -> list[Output]:
+        peer = event.peer
+        self._links[peer] = _Link(now, event.outbound)
         if known := self._known.get(peer):
             known.dialling = False
         return [Send(peer, self._hello)]
 
-    def _on_link_down(self, now: float, peer: PeerId, reason: Reason, detail: str) -> list[Output]:
+    def _on_link_down(self, now: float, event: LinkDown) -> list[Output]:
+        peer, reason, detail = event.peer, event.reason, event.detail
         link = self._links.pop(peer, None)
         out: list[Output] = []
         if known := self._known.get(peer):
@@ -244,8 +221,9 @@ class View:
             ]
         return out + self._maintain(now)
 
-    def _on_dial_failed(self, now: float, address: str, reason: Reason, detail: str) -> list[Output]:
-        known = self._known.get(peer_of(address) or PeerId(""))
+    def _on_dial_failed(self, now: float, event: DialFailed) -> list[Output]:
+        reason, detail = event.reason, event.detail
+        known = self._known.get(peer_of(event.address) or PeerId(""))
         if known:
             known.dialling = False
             known.last_reason = f"{reason.value}: {detail}" if detail else reason.value
@@ -254,23 +232,25 @@ class View:
             self._back_off(now, known, reason)
         return self._maintain(now)
 
-    def _on_rejected(self, peer: PeerId, reason: Reason, detail: str) -> list[Output]:
+    def _on_rejected(self, now: float, event: Rejected) -> list[Output]:
+        peer, reason, detail = event.peer, event.reason, event.detail
         out: list[Output] = [Penalise(peer, reason, detail)]
         if peer in self._links:
             self._links[peer].closing = True
             out += [Send(peer, Refuse(reason, one_line(detail))), Disconnect(peer, reason)]
         return out
 
-    def _on_timer(self, now: float, name: str, token: int) -> list[Output]:
-        if self._stopping:
+    def _on_timer(self, now: float, event: TimerFired) -> list[Output]:
+        timer = event.timer
+        if timer.owner != "view" or self._stopping:
             return []
-        if name == "beat":
+        if timer.name == "beat":
             return [
                 SetTimer(Timer("view", "beat", 0), self._settings.heartbeat_s),
                 *self.heartbeat(),
                 *self._close_silent(now),
             ]
-        if token != self._redial_token:
+        if timer.token != self._redial_token:
             return []
         self._redial_at = inf
         return self._maintain(now)
@@ -285,30 +265,28 @@ class View:
         return out
 
     # --- messages ---------------------------------------------------------------------------------------
-    def _on_message(self, now: float, peer: PeerId, message: LinkMessage) -> list[Output]:
-        link = self._links.get(peer)
+    def _on_message(self, now: float, event: Received) -> list[Output]:
+        """Whatever it says, it is a sign of life."""
+        link = self._links.get(event.peer)
         if link is None or link.closing:
             return []
         link.heard_at = now
-        match message:
-            case Hello():
-                return self._on_hello(now, peer, link, message)
-            case Refuse(reason, detail):
-                return self._on_refused(now, peer, reason, detail)
-            case _ if link.hello is None:
-                return self._refuse(peer, Reason.GREETING, "the first message on a link must be a hello")
-            case Heartbeat(round_, active):
-                link.round, link.active = round_, active
-                return []
-            case AskPeers():
-                return [Send(peer, Peers(self._sample(excluding=peer)))]
-            case Peers(records):
-                return self._on_peers(now, records)
-            case Bye():
-                link.active, link.closing = False, True
-                return [Disconnect(peer, Reason.LEAVING)]
-            case _:
-                return []
+        kind = type(event.message)
+        if link.hello is None and kind is not Hello and kind is not Refuse:
+            return self._refuse(event.peer, Reason.GREETING, "the first message on a link must be a hello")
+        handler = self.MESSAGES.get(kind)
+        return handler(self, now, event.peer, link, event.message) if handler else []
+
+    def _on_heartbeat(self, now: float, peer: PeerId, link: _Link, message: Heartbeat) -> list[Output]:
+        link.round, link.active = message.round, message.active
+        return []
+
+    def _on_ask(self, now: float, peer: PeerId, link: _Link, message: AskPeers) -> list[Output]:
+        return [Send(peer, Peers(self._sample(excluding=peer)))]
+
+    def _on_bye(self, now: float, peer: PeerId, link: _Link, message: Bye) -> list[Output]:
+        link.active, link.closing = False, True
+        return [Disconnect(peer, Reason.LEAVING)]
 
     def _on_hello(self, now: float, peer: PeerId, link: _Link, theirs: Hello) -> list[Output]:
         if link.hello is not None:
@@ -342,8 +320,9 @@ class View:
         out.append(PeerUp(peer, theirs))
         return out
 
-    def _on_refused(self, now: float, peer: PeerId, reason: Reason, detail: str) -> list[Output]:
-        self._links[peer].closing = True
+    def _on_refused(self, now: float, peer: PeerId, link: _Link, message: Refuse) -> list[Output]:
+        reason, detail = message.reason, message.detail
+        link.closing = True
         if reason is Reason.DUPLICATE:
             # Only our own side finds duplicates; a peer's word for it would have us dial again without a wait.
             reason = Reason.LINK
@@ -361,10 +340,10 @@ class View:
             Disconnect(peer, reason),
         ]
 
-    def _on_peers(self, now: float, records: tuple[PeerRecord, ...]) -> list[Output]:
+    def _on_peers(self, now: float, peer: PeerId, link: _Link, message: Peers) -> list[Output]:
         if self._settings.static:
             return []
-        for record in records:
+        for record in message.records:
             for address in record.addresses:
                 # A neighbour has told us its addresses itself.
                 if peer_of(address) == record.peer and record.peer not in self._links:
@@ -466,6 +445,26 @@ class View:
             if link.hello and peer != excluding and peer in self._known and self._known[peer].addresses
         ]
         return tuple(self._rng.sample(records, min(MAX_PEERS_PER_MESSAGE, len(records))))
+
+    # --- the tables -------------------------------------------------------------------------------------
+    MESSAGES: ClassVar[Mapping[type, Callable[..., list[Output]]]] = {
+        Hello: _on_hello,
+        Refuse: _on_refused,
+        Heartbeat: _on_heartbeat,
+        AskPeers: _on_ask,
+        Peers: _on_peers,
+        Bye: _on_bye,
+    }
+    HANDLERS: ClassVar[Mapping[type, Handler]] = {
+        Started: _on_started,
+        StopRequested: _on_stop,
+        LinkUp: _on_link_up,
+        LinkDown: _on_link_down,
+        DialFailed: _on_dial_failed,
+        Rejected: _on_rejected,
+        TimerFired: _on_timer,
+        **dict.fromkeys(get_args(LinkMessage), _on_message),
+    }
 
 
 _MISFIT = frozenset(

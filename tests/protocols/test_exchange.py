@@ -92,19 +92,22 @@ def of(kind: type, out: Iterable[Output]) -> list:
 def test_an_own_model_is_offered_to_every_learning_neighbour() -> None:
     rig = Rig(A, B)
     rig.link(C, learning="none")
-    assert rig.exchange.offer(ref(1)) == [Send(A, Offer(ref(1))), Send(B, Offer(ref(1)))]
+    assert rig.exchange.offer(ref(1), rig.view.live_learners()) == [
+        Send(A, Offer(ref(1))),
+        Send(B, Offer(ref(1))),
+    ]
 
 
 def test_a_neighbour_that_finished_is_not_disturbed() -> None:
     rig = Rig(A, B)
     rig.view.step(0, Received(A, Heartbeat(9, False)))
-    assert rig.exchange.offer(ref(1)) == [Send(B, Offer(ref(1)))]
+    assert rig.exchange.offer(ref(1), rig.view.live_learners()) == [Send(B, Offer(ref(1)))]
 
 
 def test_whoever_links_up_later_is_offered_the_newest_model() -> None:
     rig = Rig(A)
     assert rig.link(B) == []
-    rig.exchange.offer(ref(1))
+    rig.exchange.offer(ref(1), rig.view.live_learners())
     rig.exchange.present(ref(2))
     assert rig.link(C) == [Send(C, Offer(ref(2)))]
     assert rig.link("helper", learning="none") == []
@@ -116,17 +119,17 @@ def test_presenting_tells_nobody_now() -> None:
 
 def test_the_oldest_offered_generation_is_let_go() -> None:
     rig = Rig(A, num_generations=2)
-    rig.exchange.offer(ref(1))
-    rig.exchange.offer(ref(2))
-    assert of(Forget, rig.exchange.offer(ref(3))) == [Forget(ref(1))]
-    assert of(Forget, rig.exchange.offer(ref(4))) == [Forget(ref(2))]
+    rig.exchange.offer(ref(1), rig.view.live_learners())
+    rig.exchange.offer(ref(2), rig.view.live_learners())
+    assert of(Forget, rig.exchange.offer(ref(3), rig.view.live_learners())) == [Forget(ref(1))]
+    assert of(Forget, rig.exchange.offer(ref(4), rig.view.live_learners())) == [Forget(ref(2))]
 
 
 def test_a_generation_that_is_still_needed_is_kept_until_it_is_released() -> None:
     rig = Rig(num_generations=1)
     rig.exchange.hold(ref(1))
-    rig.exchange.offer(ref(1))
-    assert rig.exchange.offer(ref(2)) == []
+    rig.exchange.offer(ref(1), rig.view.live_learners())
+    assert rig.exchange.offer(ref(2), rig.view.live_learners()) == []
     assert rig.exchange.release(ref(1)) == [Forget(ref(1))]
 
 
@@ -400,7 +403,7 @@ class Ledger:
                 self.read(rig.exchange.release(self.taken.pop(0)))
             case 7:
                 self.save(model)
-                self.read(rig.exchange.offer(model))
+                self.read(rig.exchange.offer(model, rig.view.live_learners()))
             case 8 if rig.view.is_live(PeerId(peer)):
                 self.read(rig.unlink(peer))
             case 9 if not rig.view.is_live(PeerId(peer)):
