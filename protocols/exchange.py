@@ -11,7 +11,6 @@ from typing import Annotated, ClassVar
 from msgspec import Meta, Struct
 
 from protocols.events import (
-    Disconnect,
     Fetch,
     Fetched,
     FetchFailed,
@@ -27,9 +26,9 @@ from protocols.events import (
     TimerFired,
 )
 from protocols.machine import Handler, Machine, Output
-from protocols.messages import Decline, Offer, Refuse
+from protocols.messages import Decline, Offer
 from protocols.view import View
-from protocols.vocabulary import HOSTILE, ModelRef, PeerId, Reason, one_line
+from protocols.vocabulary import HOSTILE, ModelRef, PeerId, Reason
 
 MAX_STRIKES = 3
 """Refused models after which a link is closed; the view then backs off for its longest time."""
@@ -137,10 +136,11 @@ class Exchange(Machine):
 
     def _strike(self, peer: PeerId, reason: Reason, detail: str) -> list[Output]:
         """Count a refusal; the third on one link ends it."""
-        self._strikes[peer] += 1
         out: list[Output] = [Penalise(peer, reason, detail)]
-        if self._strikes[peer] == MAX_STRIKES:
-            out += [Send(peer, Refuse(reason, one_line(detail))), Disconnect(peer, reason)]
+        if self._view.is_live(peer):  # else it is gone or going, and nothing would clear its count
+            self._strikes[peer] += 1
+            if self._strikes[peer] == MAX_STRIKES:
+                out += self._view.close(peer, reason, detail)
         return out
 
     def _start_waiting(self) -> list[Output]:
@@ -208,9 +208,10 @@ class Exchange(Machine):
         return [*out, SetTimer(Timer("exchange", "retry", token), wait)]
 
     def _give_up(self, token: int) -> list[Output]:
-        ref = self._transfers.pop(token).ref
+        transfer = self._transfers.pop(token)
         # Half of it may lie on the disk, kept for the attempt that will not come.
-        forget: list[Output] = [] if ref.digest in self._held else [Forget(ref)]
+        begun = transfer.attempts > 0 and transfer.ref.digest not in self._held
+        forget: list[Output] = [Forget(transfer.ref)] if begun else []
         return forget + self._start_waiting()
 
     def _on_timer(self, now: float, event: TimerFired) -> list[Output]:

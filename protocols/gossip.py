@@ -281,7 +281,7 @@ class Gossip(Machine):
             # What was merged since the last good training cannot be trained on: back to what could.
             out += self._exchange.release(self._own)
             self._own, self._sound = msgspec.structs.replace(self._sound, round=self.round), None
-        self.round += 1
+        self.round = min(self.round + 1, MAX_ROUND)
         self._own = msgspec.structs.replace(self._own, round=self.round)
         self._view.round = self.round
         if self._finished():

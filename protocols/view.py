@@ -135,7 +135,9 @@ class View(Machine):
     def live_learners(self) -> list[PeerId]:
         """Greeted neighbours that are still learning, in order of linking."""
         return [
-            peer for peer, link in self._links.items() if link.hello and link.active and _learns(link.hello)
+            peer
+            for peer, link in self._links.items()
+            if link.active and link.hello and not link.closing and _learns(link.hello)
         ]
 
     def some_learners(self, count: int) -> list[PeerId]:
@@ -144,13 +146,14 @@ class View(Machine):
         return self._rng.sample(peers, count) if 0 < count < len(peers) else peers
 
     def is_live(self, peer: PeerId) -> bool:
+        """Whether it has greeted, and neither side has said that the link ends."""
         link = self._links.get(peer)
-        return link is not None and link.hello is not None
+        return link is not None and link.hello is not None and not link.closing
 
     def learns(self, peer: PeerId) -> bool:
         """Whether a model can be exchanged with this neighbour at all."""
         link = self._links.get(peer)
-        return link is not None and link.hello is not None and _learns(link.hello)
+        return link is not None and link.hello is not None and not link.closing and _learns(link.hello)
 
     def num_live(self) -> int:
         return sum(link.hello is not None for link in self._links.values())
@@ -181,10 +184,15 @@ class View(Machine):
         self._stopping = True
         return [out for peer in self._links for out in (Send(peer, Bye()), Disconnect(peer, Reason.LEAVING))]
 
+    def close(self, peer: PeerId, reason: Reason, detail: str) -> list[Output]:
+        """End the link with a neighbour, and tell it why. What still comes from it means nothing."""
+        self._links[peer].closing = True
+        return [Send(peer, Refuse(reason, one_line(detail))), Disconnect(peer, reason)]
+
     def heartbeat(self) -> list[Output]:
         """Tell every neighbour where we stand, now rather than at the next beat."""
         beat = Heartbeat(self.round, self.active)
-        return [Send(peer, beat) for peer, link in self._links.items() if link.hello]
+        return [Send(peer, beat) for peer, link in self._links.items() if link.hello and not link.closing]
 
     def _on_started(self, now: float, event: Started) -> list[Output]:
         self._hello = _with_addresses(self._hello, event.addresses)
@@ -235,9 +243,8 @@ class View(Machine):
     def _on_rejected(self, now: float, event: Rejected) -> list[Output]:
         peer, reason, detail = event.peer, event.reason, event.detail
         out: list[Output] = [Penalise(peer, reason, detail)]
-        if peer in self._links:
-            self._links[peer].closing = True
-            out += [Send(peer, Refuse(reason, one_line(detail))), Disconnect(peer, reason)]
+        if peer in self._links and not self._links[peer].closing:
+            out += self.close(peer, reason, detail)
         return out
 
     def _on_timer(self, now: float, event: TimerFired) -> list[Output]:
@@ -351,12 +358,7 @@ class View(Machine):
         return self._maintain(now)
 
     def _refuse(self, peer: PeerId, reason: Reason, detail: str) -> list[Output]:
-        self._links[peer].closing = True
-        return [
-            Penalise(peer, reason, detail),
-            Send(peer, Refuse(reason, one_line(detail))),
-            Disconnect(peer, reason),
-        ]
+        return [Penalise(peer, reason, detail), *self.close(peer, reason, detail)]
 
     # --- keeping the degree -----------------------------------------------------------------------------
     def _learn(self, address: str, bootstrap: bool = False) -> None:
@@ -378,8 +380,12 @@ class View(Machine):
         return tuple(kept[:MAX_ADDRESSES])
 
     def _evict(self) -> bool:
-        """Make room: the unlinked peer that failed most goes. Bootstrap peers never do."""
-        candidates = [p for p, known in self._known.items() if not known.bootstrap and p not in self._links]
+        """Make room: the unlinked peer that failed most goes. Bootstrap peers never do, nor one that is being dialled."""
+        candidates = [
+            peer
+            for peer, known in self._known.items()
+            if not known.bootstrap and not known.dialling and peer not in self._links
+        ]
         if not candidates:
             return False
         del self._known[max(candidates, key=lambda peer: self._known[peer].failures)]
