@@ -11,10 +11,10 @@ from typing import Any
 
 from msgspec import Struct, field
 
-from protocols.events import Effect, Event, Halt, Notice, Phase, StopRequested
+from protocols.events import Effect, Event, Halt, Notice, Phase, Received, StopRequested
 from protocols.exchange import Exchange, ExchangeSettings
 from protocols.gossip import Gossip, GossipSettings
-from protocols.machine import Handler, Machine, kind_of
+from protocols.machine import Handler, Machine
 from protocols.messages import Hello
 from protocols.view import NO_LEARNING, PeerStatus, View, ViewSettings
 from protocols.vocabulary import PROTOCOL_VERSION, ModelRef, PeerId, SchemaHash
@@ -53,9 +53,13 @@ class NodeCore:
         """Decide on one event. `now` is in seconds and never goes back."""
         effects: list[Effect] = []
         waiting: list[Any] = [event]
+        machines, handlers = self._machines, self._handlers
         for happening in waiting:
-            for machine, handler in self._handlers.get(kind_of(happening), ()):
-                for output in handler(self._machines[machine], now, happening):
+            kind = type(happening)
+            if kind is Received:  # `kind_of`, spelt out where every event passes
+                kind = type(happening.message)
+            for machine, handler in handlers.get(kind, ()):
+                for output in handler(machines[machine], now, happening):
                     if type(output) in _NOTICES:
                         waiting.append(output)  # its turn comes when the event's own effects are complete
                     else:

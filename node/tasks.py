@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -81,19 +82,29 @@ def mlp(num_inputs: int, hidden: Sequence[int], num_outputs: int) -> nn.Sequenti
 
 
 # --- one data set among many nodes ----------------------------------------------------------------------
+def partition_indices(task: Task, partition: Partition) -> list[Indices]:
+    """Which training samples each node has: one sorted index array a node, none of them empty.
+
+    Raises ConfigError where the data cannot be dealt so.
+    """
+    if partition.samples_per_node is not None:
+        return _drawn(len(task.train[1]), partition, partition.samples_per_node)
+    return _dealt(task, partition)
+
+
 def partition_task(task: Task, partition: Partition) -> list[Task]:
     """The task of every node: its own part of `train`, the same `test` (shared, not copied).
 
     Raises ConfigError where the data cannot be dealt so.
     """
-    return [_restricted(task, indices) for indices in _parts(task, partition)]
+    return [_restricted(task, indices) for indices in partition_indices(task, partition)]
 
 
 def shard_task(task: Task, shard: Shard) -> Task:
     """The task of one node: `partition_task(task, shard)[shard.index]` without the others' tensors."""
     if shard.index >= shard.count:
         raise ConfigError("task.shard.index", f"{shard.index} of {shard.count}", [f"0 to {shard.count - 1}"])
-    return _restricted(task, _parts(task, shard)[shard.index])
+    return _restricted(task, partition_indices(task, shard)[shard.index])
 
 
 def _restricted(task: Task, indices: Indices) -> Task:
@@ -102,7 +113,19 @@ def _restricted(task: Task, indices: Indices) -> Task:
     return replace(task, train=(inputs[chosen], targets[chosen]))
 
 
-def _parts(task: Task, partition: Partition) -> list[Indices]:
+def _drawn(num_samples: int, partition: Partition, size: int) -> list[Indices]:
+    """Each node's own draw, from a stream of its own: it stays the same when nodes are added."""
+    if partition.partitioner != "iid":
+        raise ConfigError("task.shard.samples_per_node", f"set beside `{partition.partitioner}`", ["iid"])
+    if size > num_samples:
+        raise ConfigError(
+            "task.shard.samples_per_node", f"{size} of {num_samples} samples", [f"1 to {num_samples}"]
+        )
+    draws = (stream(partition.seed, "partition", "draw", node) for node in range(partition.count))
+    return [np.sort(rng.choice(num_samples, size=size, replace=False)) for rng in draws]
+
+
+def _dealt(task: Task, partition: Partition) -> list[Indices]:
     num_samples = len(task.train[1])
     targets = task.train[1].detach().cpu().reshape(num_samples, -1).numpy()
     options: dict[str, dict[str, float]] = {

@@ -1,7 +1,8 @@
 """Local training and evaluation: pure functions from parameters to parameters.
 
-Belongs here: which samples a round takes, the steps of plain SGD, and measuring a model. No clock, no file, and
-no generator but those made from (seed, node, purpose, round): the daemon and the simulator get the same bits.
+Belongs here: which samples a round takes, the round itself, and measuring a model. How one step moves the weights is
+in `optimizers.py`. No clock, no file, and no generator but those made from (seed, node, purpose, round): the daemon
+and the simulator get the same bits.
 """
 
 from collections.abc import Sequence
@@ -9,10 +10,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from aggregation.base import Params
-from node.randomness import stream, torch_seed, torch_seeded
+from node.optimizers import make_optimizer
+from node.randomness import RoundStreams, torch_seed, torch_seeded
 from node.settings import TrainingSettings
 from node.tasks import Task, build_model
 from node.weights import all_sane
@@ -23,18 +25,25 @@ EVALUATION_BATCH = 1024
 
 
 def batch_indices(
-    num_samples: int, settings: TrainingSettings, rng: np.random.Generator
+    streams: RoundStreams,
+    places: Sequence[tuple[int, int]],
+    num_samples: int,
+    settings: TrainingSettings,
 ) -> NDArray[np.int64]:
-    """Which samples each step takes: [local_steps, min(batch_size, num_samples)].
+    """Which samples each step takes: [places, local_steps, min(batch_size, num_samples)].
 
-    One random order of the samples, walked through again and again: no batch holds a sample twice, and no
+    streams: made with the purpose "batches"; places: (index of the node's name, round).
+
+    One random order of a node's samples, walked through again and again: no batch holds a sample twice, and no
     sample is taken more than once oftener than another.
     """
     assert num_samples >= 1, "a task without training samples"
     batch = min(settings.batch_size, num_samples)
     wanted = settings.local_steps * batch
-    order = rng.choice(num_samples, size=min(wanted, num_samples), replace=False)
-    return np.resize(order, (settings.local_steps, batch))
+    orders = streams.random_orders(places, num_samples, min(wanted, num_samples))
+    if wanted > num_samples:
+        orders = orders[:, np.arange(wanted) % num_samples]
+    return orders.reshape(len(places), settings.local_steps, batch)
 
 
 def train(
@@ -47,9 +56,9 @@ def train(
     node: str | int,
     model: nn.Module | None = None,
 ) -> tuple[Params, int]:
-    """One round of SGD on the task's training samples, from `params`, which stay as they are.
+    """One round of training on the task's training samples, from `params`, which stay as they are.
 
-    round, seed, node: say which batches (stream "batches") and which dropout masks (stream "train") are drawn.
+    round, seed, node: say which batches (streams "batches") and which dropout masks (stream "train") are drawn.
     model: a module of this task to work in, for callers with many rounds. Its contents are overwritten, and
         nothing in them matters. None builds one.
 
@@ -57,59 +66,50 @@ def train(
     Raises LocalError where the result is not finite. Takes torch's generator of the process for its time and
     puts it back, so only one thread may train.
     """
-    inputs, targets = task.train
-    batches = torch.from_numpy(batch_indices(len(inputs), settings, stream(seed, node, "batches", round))).to(
-        inputs.device
-    )
+    num_samples = len(task.train[0])
+    (batches,) = batch_indices(RoundStreams(seed, [node], "batches"), [(0, round)], num_samples, settings)
+    masks = torch_seed(seed, node, "train", round)
     module = build_model(task) if model is None else model
-    module.load_state_dict(params)
-    module.train()
-    weights = [weight for weight in module.parameters() if weight.requires_grad]
-    optimiser = _Sgd(weights, settings)
-    with torch_seeded(torch_seed(seed, node, "train", round)), torch.enable_grad():
-        for batch in batches:
-            outputs = module(inputs.index_select(0, batch))
+    return train_on(task, params, settings, batches, round=round, masks=masks, model=module), num_samples
+
+
+def train_on(
+    task: Task,
+    params: Params,
+    settings: TrainingSettings,
+    batches: NDArray[np.int64],
+    *,
+    round: int,  # noqa: A002
+    masks: int,
+    model: nn.Module,
+) -> Params:
+    """`train` on given batches, [steps, batch]: indices into the task's training samples.
+
+    masks: seeds torch's generator, and so dropout. round: only named in the error. The rest as in `train`.
+    """
+    inputs, targets = task.train
+    model.load_state_dict(params)
+    model.train()
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    optimizer = make_optimizer(weights, settings)
+    with torch_seeded(masks), torch.enable_grad():
+        for batch in torch.from_numpy(batches).to(inputs.device):
+            outputs = model(inputs.index_select(0, batch))
             loss = task.loss(outputs, targets.index_select(0, batch))
-            optimiser.step(torch.autograd.grad(loss, weights, allow_unused=True))
-    trained = {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+            optimizer.step(torch.autograd.grad(loss, weights, allow_unused=True))
+    trained = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
     for name, tensor in trained.items():
         if not all_sane(tensor):
-            raise LocalError(
-                f"training in round {round} made {name} non-finite; "
-                f"learning_rate {settings.learning_rate} may be too high"
-            )
-    return trained, len(inputs)
+            raise diverged(round, name, settings)
+    return trained
 
 
-class _Sgd:
-    """What `torch.optim.SGD` does to the same gradients, without the third of a small step that it costs."""
-
-    def __init__(self, weights: Sequence[Tensor], settings: TrainingSettings) -> None:
-        # Detached aliases share the memory, and writing to them is invisible to autograd.
-        self._values = [weight.detach() for weight in weights]
-        self._velocities: list[Tensor | None] = [None] * len(self._values)
-        self._settings = settings
-
-    def step(self, gradients: Sequence[Tensor | None]) -> None:
-        """Move every weight that the loss depends on; None, for the others, leaves them alone."""
-        reached = [i for i, gradient in enumerate(gradients) if gradient is not None]
-        values = [self._values[i] for i in reached]
-        directions = [gradient for gradient in gradients if gradient is not None]
-        if self._settings.weight_decay:
-            # Not in place: autograd may hand out one tensor for two weights.
-            directions = list(torch._foreach_add(directions, values, alpha=self._settings.weight_decay))
-        if self._settings.momentum:
-            directions = self._accelerated(reached, directions)
-        torch._foreach_add_(values, directions, alpha=-self._settings.learning_rate)
-
-    def _accelerated(self, reached: Sequence[int], directions: Sequence[Tensor]) -> list[Tensor]:
-        for i, direction in zip(reached, directions, strict=True):
-            velocity = self._velocities[i]
-            if velocity is None:
-                self._velocities[i] = direction.clone()
-            else:
-                velocity.mul_(self._settings.momentum).add_(direction)
-        return [velocity for i in reached if (velocity := self._velocities[i]) is not None]
+def diverged(round: int, name: str, settings: TrainingSettings) -> LocalError:  # noqa: A002
+    """The error of a round after which the tensor `name` is not sane."""
+    return LocalError(
+        f"training in round {round} made {name} non-finite; "
+        f"learning_rate {settings.learning_rate} may be too high"
+    )
 
 
 def evaluate(task: Task, params: Params, *, model: nn.Module | None = None) -> dict[str, float]:

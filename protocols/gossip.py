@@ -71,6 +71,10 @@ class GossipSettings(Struct, frozen=True, forbid_unknown_fields=True):
     """The first round begins after this long in any case."""
 
 
+_WAITING, _TRAINING, _COLLECTING, _MERGING, _EVALUATING, _PAUSING, _DONE = Phase
+"""By name, since looking a member up in its enum takes longer than most of a step."""
+
+
 class Gossip(Machine):
     """The gossip rounds of one node."""
 
@@ -86,7 +90,7 @@ class Gossip(Machine):
         self._inbox: dict[PeerId, ModelRef] = {}
         self._merging: tuple[Input, ...] = ()
         self._round_began_at = 0.0
-        self.phase = Phase.WAITING
+        self.phase = _WAITING
         self.round = 0
 
     @property
@@ -116,7 +120,7 @@ class Gossip(Machine):
         """The merged model of a round whose evaluation is cut short is further than the round's own checkpoint."""
         if self._own is None:
             return []
-        merged = self.phase is Phase.EVALUATING
+        merged = self.phase is _EVALUATING
         return [Keep(msgspec.structs.replace(self._own, round=self.round + merged))]
 
     # --- waiting for company ----------------------------------------------------------------------------
@@ -142,7 +146,7 @@ class Gossip(Machine):
     def _begin(self, now: float, event: Event | Notice) -> list[Output]:
         assert self._own is not None
         self._round_began_at = now
-        self.phase = Phase.TRAINING
+        self.phase = _TRAINING
         return [Train(self._new_token(), self._own, self.round)]
 
     def _offer_and_collect(self, now: float, event: Event | Notice) -> list[Output]:
@@ -153,7 +157,7 @@ class Gossip(Machine):
         out = self._exchange.release(sound) if sound else []
         self._trained = event.ref
         self._exchange.hold(event.ref)
-        self.phase = Phase.COLLECTING
+        self.phase = _COLLECTING
         out += self._exchange.offer(event.ref, self._view.some_learners(self._settings.fanout))
         if self._has_enough():
             return out + self._merge(now, event)
@@ -166,7 +170,7 @@ class Gossip(Machine):
         self._inbox[peer] = ref
         out = self._exchange.release(older) if older else []
         # Peers come and go; the inbox may not grow with everyone who ever passed by.
-        while len(self._inbox) > max(8, 2 * self._view.num_live()):
+        while len(self._inbox) > 8 and len(self._inbox) > 2 * self._view.num_live():
             out += self._exchange.release(self._inbox.pop(next(iter(self._inbox))))
         return out
 
@@ -186,7 +190,7 @@ class Gossip(Machine):
         self._inbox.clear()
         if not self._merging:
             return self._adopt(now, self._trained)
-        self.phase = Phase.MERGING
+        self.phase = _MERGING
         return [Aggregate(self._new_token(), self._trained, self._merging)]
 
     def _adopt_merged(self, now: float, event: Event | Notice) -> list[Output]:
@@ -203,7 +207,7 @@ class Gossip(Machine):
         for item in self._merging:
             out += self._exchange.release(item.ref)
         self._own, self._trained = ref, None
-        self.phase = Phase.EVALUATING
+        self.phase = _EVALUATING
         if (self.round + 1) % self._settings.evaluate_every:
             return [*out, *self._end_round(now, {})]
         return [*out, Evaluate(self._new_token(), ref)]
@@ -235,7 +239,7 @@ class Gossip(Machine):
         rest = self._settings.pause_s - (now - self._round_began_at)
         if rest <= 0:
             return [*out, *self._begin(now, _NOTHING)]
-        self.phase = Phase.PAUSING
+        self.phase = _PAUSING
         return [*out, self._timer("pause", rest)]
 
     def _next_round(self) -> int:
@@ -253,7 +257,7 @@ class Gossip(Machine):
 
     def _stop_learning(self) -> list[Output]:
         assert self._own is not None
-        self.phase = Phase.DONE
+        self.phase = _DONE
         self._exchange.open = False
         self._view.round, self._view.active = self.round, False
         out: list[Output] = [Emit(LearningDone(round=self.round)), *self._view.heartbeat()]
@@ -291,7 +295,7 @@ class Gossip(Machine):
             self._trained = self._own
             self._exchange.hold(self._own)
             return [*out, *self._merge(now, event)]
-        self.phase = Phase.PAUSING
+        self.phase = _PAUSING
         return [*out, self._timer("pause", max(self._settings.pause_s, _RETRY_S))]
 
     def _merging_failed(self, now: float, event: Event | Notice) -> list[Output]:
@@ -336,21 +340,21 @@ def _trouble(what: str, event: Event | Notice) -> Output:
 
 
 _TABLE: dict[tuple[Phase, type], Handler] = {
-    (Phase.WAITING, Started): Gossip._start,
-    (Phase.WAITING, PeerUp): Gossip._begin_in_company,
-    (Phase.WAITING, TimerFired): Gossip._begin,
-    (Phase.TRAINING, Trained): Gossip._offer_and_collect,
-    (Phase.TRAINING, WorkFailed): Gossip._training_failed,
-    (Phase.COLLECTING, ModelArrived): Gossip._merge_if_enough,
-    (Phase.COLLECTING, PeerDown): Gossip._merge_if_enough,
-    (Phase.COLLECTING, Received): Gossip._merge_if_enough,
-    (Phase.COLLECTING, TimerFired): Gossip._merge,
-    (Phase.MERGING, Aggregated): Gossip._adopt_merged,
-    (Phase.MERGING, WorkFailed): Gossip._merging_failed,
-    (Phase.EVALUATING, Evaluated): Gossip._evaluated,
-    (Phase.EVALUATING, WorkFailed): Gossip._evaluating_failed,
-    (Phase.PAUSING, TimerFired): Gossip._begin,
-    (Phase.DONE, ModelArrived): Gossip._receive_when_done,
+    (_WAITING, Started): Gossip._start,
+    (_WAITING, PeerUp): Gossip._begin_in_company,
+    (_WAITING, TimerFired): Gossip._begin,
+    (_TRAINING, Trained): Gossip._offer_and_collect,
+    (_TRAINING, WorkFailed): Gossip._training_failed,
+    (_COLLECTING, ModelArrived): Gossip._merge_if_enough,
+    (_COLLECTING, PeerDown): Gossip._merge_if_enough,
+    (_COLLECTING, Received): Gossip._merge_if_enough,
+    (_COLLECTING, TimerFired): Gossip._merge,
+    (_MERGING, Aggregated): Gossip._adopt_merged,
+    (_MERGING, WorkFailed): Gossip._merging_failed,
+    (_EVALUATING, Evaluated): Gossip._evaluated,
+    (_EVALUATING, WorkFailed): Gossip._evaluating_failed,
+    (_PAUSING, TimerFired): Gossip._begin,
+    (_DONE, ModelArrived): Gossip._receive_when_done,
 }
 """The whole round: in this phase, on this event. What is not listed changes nothing (a model that arrives is
 buffered in any phase)."""

@@ -87,13 +87,15 @@ class _Known:
 class _Link:
     """A link that stands. Greeted once the other side's hello was accepted."""
 
-    __slots__ = ("active", "closing", "heard_at", "hello", "outbound", "round", "since")
+    __slots__ = ("active", "closing", "heard_at", "hello", "learns", "outbound", "round", "since")
 
     def __init__(self, now: float, outbound: bool) -> None:
         self.since = now
         self.heard_at = now
         self.outbound = outbound
         self.hello: Hello | None = None
+        self.learns = False
+        """Whether its hello says that it learns at all; `active`, whether it still does."""
         self.active = True
         self.closing = False
         """Refused or said goodbye: what still comes in until the link is down means nothing."""
@@ -135,15 +137,15 @@ class View(Machine):
     def live_learners(self) -> list[PeerId]:
         """Greeted neighbours that are still learning, in order of linking."""
         return [
-            peer
-            for peer, link in self._links.items()
-            if link.active and link.hello and not link.closing and _learns(link.hello)
+            peer for peer, link in self._links.items() if link.active and link.learns and not link.closing
         ]
 
     def some_learners(self, count: int) -> list[PeerId]:
         """So many of `live_learners()`, drawn; all of them where `count` is 0 or there are no more."""
         peers = self.live_learners()
-        return self._rng.sample(peers, count) if 0 < count < len(peers) else peers
+        if not 0 < count < len(peers):
+            return peers
+        return [self._rng.choice(peers)] if count == 1 else self._rng.sample(peers, count)
 
     def is_live(self, peer: PeerId) -> bool:
         """Whether it has greeted, and neither side has said that the link ends."""
@@ -153,7 +155,7 @@ class View(Machine):
     def learns(self, peer: PeerId) -> bool:
         """Whether a model can be exchanged with this neighbour at all."""
         link = self._links.get(peer)
-        return link is not None and link.hello is not None and not link.closing and _learns(link.hello)
+        return link is not None and link.learns and not link.closing
 
     def num_live(self) -> int:
         return sum(link.hello is not None for link in self._links.values())
@@ -310,7 +312,7 @@ class View(Machine):
                     peer, Reason.FULL, f"this node keeps at most {self._settings.max_degree} links"
                 ),
             ]
-        link.hello = theirs
+        link.hello, link.learns = theirs, _learns(theirs)
         for address in theirs.addresses:
             if peer_of(address) == peer:
                 self._learn(address)

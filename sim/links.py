@@ -328,7 +328,7 @@ class SimNetwork:
     def scale_latency(self, factor: float) -> None:
         """From now on every latency is so many times the one in the settings. Jitter stays."""
         assert factor > 0
-        now = self._clock.now()
+        now = self._clock.moment_s
         self._slowness = factor
         for endpoint in self._endpoints.values():
             for end in endpoint.links.values():
@@ -390,7 +390,7 @@ class SimNetwork:
         elif trip_s > timeout_s:
             self._clock.after(timeout_s, self._fail_dial, caller, peer, self._no_answer(address))
         else:
-            self._clock.after(trip_s, self._meet, caller, peer, address, self._clock.now() + timeout_s)
+            self._clock.after(trip_s, self._meet, caller, peer, address, self._clock.moment_s + timeout_s)
 
     def _no_answer(self, address: str) -> DialFailed:
         return DialFailed(address, Reason.TIMEOUT, f"no answer within {self._settings.dial_timeout_s:g} s")
@@ -465,7 +465,7 @@ class SimNetwork:
 
     def _arrival(self, end: _End, may_be_late: bool = False) -> float:
         """When what is sent from this end now arrives: not before what was sent earlier, or late by `reordering`."""
-        at = max(self._clock.now() + self._delay(end), end.arrives_at)
+        at = max(self._clock.moment_s + self._delay(end), end.arrives_at)
         settings = self._settings
         if may_be_late and settings.reordering and self._reorderings.random() < settings.reordering:
             return at + self._reorderings.random() * settings.reorder_s
@@ -547,7 +547,7 @@ class SimNetwork:
             return
         fetch = _Fetch(end, token, ref)
         receiver.fetching[fetch] = None
-        self._clock.after(self._delay(end), self._serve, fetch, self._clock.now())
+        self._clock.after(self._delay(end), self._serve, fetch, self._clock.moment_s)
 
     def _serve(self, fetch: _Fetch, asked_at: float) -> None:
         """The request arrives, unless the way there or the node itself is gone: then only time answers."""
@@ -555,7 +555,7 @@ class SimNetwork:
             return
         end = fetch.end
         if not self._is_open(end):
-            expires_at = max(self._clock.now(), asked_at + self._settings.fetch_timeout_s)
+            expires_at = max(self._clock.moment_s, asked_at + self._settings.fetch_timeout_s)
             self._clock.at(expires_at, self._expire, fetch, fetch.num_stalls)
             return
         server = end.far.endpoint

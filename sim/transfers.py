@@ -67,7 +67,7 @@ class Transfers:
         """Take it off both lines; what has passed has passed. Returns the bytes that remain."""
         if transfer not in self._running:
             return transfer.remaining
-        self._catch_up(transfer, self._clock.now())
+        self._catch_up(transfer, self._clock.moment_s)
         self._leave(transfer)
         return transfer.remaining
 
@@ -93,7 +93,7 @@ class Transfers:
 
     def _share(self, sender: Line, receiver: Line) -> None:
         """Bring the rates up to date of all whose share has changed."""
-        now = self._clock.now()
+        now = self._clock.moment_s
         if sender.uploads:
             share = self._up / len(sender.uploads)
             for transfer in sender.uploads:

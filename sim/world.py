@@ -1,31 +1,28 @@
 """Many node cores in one process, in virtual time: performs the same effects as `node/driver.py`, on a heap.
 
 Everything is drawn from the scenario's seed, one generator per concern, so a seed gives one trace; its hash is
-part of the result.
+part of the result. Nothing here imports torch: what is learned is behind `sim/graph.py`.
 """
 
+import gc
 import hashlib
 import random
 import statistics
-import struct
-from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, Literal, assert_never
+import sys
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, assert_never, get_args
 
 import msgspec
-import networkx as nx
-from msgspec import Meta, Struct, field
+from msgspec.structs import replace
 
-from aggregation.rules import build
-from node.compute import Work, WorkOrder
 from node.core import CoreSettings, NodeCore
-from node.settings import Partition, TrainingSettings
-from node.task_loading import make_task
-from node.tasks import Task, build_model, initial_params, partition_task
-from node.weights import encode_params, max_blob_bytes, schema_hash, schema_of
-from protocols.errors import ConfigError, LocalError, PeerError
 from protocols.events import (
     Aggregate,
+    Aggregated,
     Dial,
     Disconnect,
     Effect,
@@ -45,131 +42,209 @@ from protocols.events import (
     Send,
     SetTimer,
     Started,
+    StopRequested,
     TimerFired,
     Train,
+    Trained,
+    Trouble,
 )
-from protocols.exchange import ExchangeSettings
-from protocols.gossip import GossipSettings
 from protocols.view import ViewSettings
-from protocols.vocabulary import Digest, ModelRef, PeerId, PeerRecord, Reason
-from sim.churn import Change, ChurnEvent, ChurnSettings, check_schedule, draw_schedule
+from protocols.vocabulary import DIGEST_BYTES, MAX_ROUND, Digest, ModelRef, PeerId, PeerRecord, SchemaHash
+from sim import timeline
+from sim.churn import Change, ChurnEvent, draw_schedule
 from sim.clock import VirtualClock
-from sim.compute import NodeModels, SharedModels
-from sim.links import LinkSettings, SimNetwork, SimPort, sim_address
+from sim.dealing import deal
+from sim.graph import Metrics, Received, Value
+from sim.learning import MakeComputer, compute_here, peer_name, plan_learning
+from sim.links import SimNetwork, SimPort, sim_address
+from sim.nat import Nat
+from sim.results import (
+    ConsensusRow,
+    NoteRow,
+    Overlay,
+    OverlayNode,
+    Result,
+    RoundRow,
+    SampleRow,
+    TraceBlock,
+)
+from sim.scenarios import DeviceClass, Scenario
+from sim.timeline import Action, TimelineEvent
+from sim.topology import draw_edges
+
+BLOCK_EVENTS = 1024
+"""Events between two marks of the running trace hash."""
+ACTIONS_PER_TELLING = 4096
+"""Of the clock, between two calls of a run's `progress`."""
+MAX_SAMPLES = 500
+"""Rows of samples after which the time between two of them doubles."""
+MAX_CONSENSUS = 64
+"""Models compared in one measurement of the consensus distance."""
+HALT_S = 1.0
+"""From a graceful end to the closing of the node's connections: its goodbyes are on their way."""
+SILENT_BACKLOG = 4096
+"""Events that a silenced node finds when it wakes; older ones are lost."""
 
 
-class ComputeSettings(Struct, frozen=True, forbid_unknown_fields=True):
-    """How long work takes, in virtual seconds."""
+class Observer:
+    """Told what happens, in the order of virtual time. This one ignores all of it."""
 
-    train_s: Annotated[float, Meta(ge=0)] = 0.5
-    aggregate_s: Annotated[float, Meta(ge=0)] = 0.05
-    evaluate_s: Annotated[float, Meta(ge=0)] = 0.05
-    spread: Annotated[float, Meta(ge=0, lt=1)] = 0.1
-    """Each node's speed is drawn once, uniformly within this share around 1."""
+    def record(self, at_s: float, node: int, record: Record) -> None: ...
 
+    def round(self, row: RoundRow) -> None: ...
 
-class Scenario(Struct, frozen=True, forbid_unknown_fields=True):
-    """A whole run. The same scenario gives the same trace."""
+    def sample(self, row: SampleRow) -> None: ...
 
-    task: str = "digits"
-    options: dict[str, Any] = {}
-    nodes: Annotated[int, Meta(ge=1, le=100_000)] = 16
-    seed: int = 0
-    topology: Literal["regular", "ring", "full", "discover"] = "regular"
-    """`discover`: every node knows one bootstrap node and finds the others itself."""
-    degree: Annotated[int, Meta(ge=1, le=64)] = 4
-    """Links of each node in a `regular` topology, the target degree in `discover`."""
-    start: Literal["different", "common"] = "different"
-    """Whether nodes begin from different random models or from one."""
-    partitioner: Literal["iid", "dirichlet", "shard"] = "iid"
-    alpha: Annotated[float, Meta(gt=0)] = 0.5
-    rule: tuple[str | dict[str, Any], ...] = ("mean", "variance.corrected")
-    training: TrainingSettings = field(default_factory=TrainingSettings)
-    gossip: GossipSettings = field(
-        default_factory=lambda: GossipSettings(rounds=40, quorum=1.0, deadline_s=5.0, pause_s=0.0)
-    )
-    exchange: ExchangeSettings = field(default_factory=ExchangeSettings)
-    links: LinkSettings = field(default_factory=LinkSettings)
-    compute: ComputeSettings = field(default_factory=ComputeSettings)
-    churn: ChurnSettings = field(default_factory=ChurnSettings)
-    schedule: tuple[ChurnEvent, ...] = ()
-    """Joins, crashes and restarts by hand, instead of drawn ones."""
-    at_most_s: Annotated[float, Meta(gt=0)] = 36_000.0
-    """Virtual time after which the run ends in any case."""
+    def consensus(self, row: ConsensusRow) -> None: ...
+
+    def note(self, row: NoteRow) -> None: ...
+
+    def block(self, row: TraceBlock) -> None: ...
+
+    def event(self, at_s: float, node: int, event: Event) -> None:
+        """Every single event, but only in a world made with `trace_events=True`."""
 
 
-class Result(Struct, frozen=True):
-    """What a run gave. Accuracies are the task's first metric."""
+class Checking(Protocol):
+    """What is asked after every event (see `sim/checkers.py`)."""
 
-    trace_hash: str
-    accuracy_mean: float
-    accuracy_min: float
-    accuracy_by_round: list[float]
-    """Mean over the nodes that evaluated after each round."""
-    events: int
-    bytes_sent: int
-    messages_sent: dict[str, int]
-    fetches: int
-    refused: dict[str, int]
-    virtual_s: float
-    finished: int
-    """Nodes that did all their rounds."""
+    def started(self, node: int, core: NodeCore, now: float, epoch: int) -> None: ...
+
+    def gone(self, node: int, wiped: bool = False) -> None: ...
+
+    def after(self, node: int, now: float, event: Event, effects: Sequence[Effect]) -> None: ...
+
+    def finish(self, now: float) -> None: ...
 
 
 class SimNode:
     """One node: its core while it is online, and what outlives a crash."""
 
-    def __init__(self, index: int, task: Task, work_seed: int) -> None:
+    __slots__ = (
+        "accuracy",
+        "backlog",
+        "changes",
+        "checkpoint",
+        "clock_offset_s",
+        "clock_rate",
+        "core",
+        "device",
+        "epoch",
+        "evaluates",
+        "finished",
+        "index",
+        "num_models",
+        "num_samples",
+        "peer",
+        "peers",
+        "port",
+        "settled",
+        "silent",
+        "speed",
+        "view",
+    )
+
+    def __init__(self, index: int, num_samples: int) -> None:
         self.index = index
-        self.peer = PeerId(f"node-{index:05d}")
-        self.task = task
-        self.seed = work_seed
+        self.peer = peer_name(index)
+        self.num_samples = num_samples
+        self.device = ""
         self.speed = 1.0
+        self.clock_offset_s = 0.0
+        self.clock_rate = 1.0
+        self.evaluates = False
         self.epoch = 0
+        self.num_models = 0
         self.core: NodeCore | None = None
         self.port: SimPort | None = None
-        self.work: Work | None = None
-        self.checkpoint: ModelRef | None = None
+        self.silent = False
+        self.backlog: deque[Event] = deque(maxlen=SILENT_BACKLOG)
+        self.checkpoint: tuple[ModelRef, Value] | None = None
         self.peers: dict[str, PeerRecord] = {}
         self.view = ViewSettings()
         self.accuracy: dict[int, float] = {}
+        self.finished = False
+        self.settled = False
+        self.changes = 0
+        """Comings and goings still ahead of it."""
+
+    @property
+    def online(self) -> bool:
+        """Whether it runs and answers."""
+        return self.core is not None and not self.silent
 
 
 class World:
     """Runs one scenario.
 
-    on_record: told of every record of every node, with the virtual time and the node's index.
+    base: the folder from which the scenario's relative paths start.
+    checkers: asked after every event; what they raise ends the run.
+    core: makes the nodes' cores, for tests that break one.
+    trace_events: tells `observer.event` of every event: for comparing two runs.
+    end_after: the run ends with this event, if it comes so far.
+    make_computer: says where what is learned is computed.
+
+    Raises ConfigError where the scenario cannot be run (see `scenario_files.validate`), or its task or data.
     """
 
     def __init__(
         self,
         scenario: Scenario,
-        on_record: Callable[[float, int, Record], None] = lambda at_s, node, record: None,
+        base: Path | None = None,
+        *,
+        observer: Observer | None = None,
+        checkers: Checking | None = None,
+        core: Callable[[CoreSettings, PeerId, random.Random], NodeCore] = NodeCore,
+        trace_events: bool = False,
+        end_after: int = sys.maxsize,
+        make_computer: MakeComputer = compute_here,
     ) -> None:
         self.scenario = scenario
         self.clock = VirtualClock()
         self.events = 0
+        self.node_rounds = 0
         self.refused: Counter[str] = Counter()
-        self.messages: Counter[str] = Counter()
         self.fetches = 0
-        self._bytes_of_the_gone = 0
-        self._on_record = on_record
-        self._trace = hashlib.sha256()
-        self._encoder = msgspec.msgpack.Encoder()
-        self._shared = SharedModels()
-        self._network = SimNetwork(self.clock, scenario.links, self._rng("links"))
-        self._finished: set[int] = set()
+        self.failed_work = 0
+        self.observer = observer or Observer()
+        self._tells_records = type(self.observer).record is not Observer.record
+        self._base = base or Path.cwd()
+        self._checkers = checkers
+        self._make_core = core
+        self._trace_events = trace_events
+        self._end_after = end_after
+        self._hash = hashlib.sha256()
+        self._traced = bytearray()
+        self._encode_into = msgspec.msgpack.Encoder().encode_into
+        self._stopped = False
+        self._num_unsettled = scenario.nodes
+        self._common: Value | None = None
+        """Where all begin from one model, that one."""
+        self._consensus: float | None = None
+        self._num_rows = 0
+        self._sample_every_s = scenario.evaluation.sample_every_s
+        self._train_s = scenario.devices.train_s
+        self._aggregate_s = scenario.devices.aggregate_s
+        self._evaluate_s = scenario.devices.evaluate_s
+        self.plan = plan_learning(scenario, self._base, self._work_failed, make_computer)
+        self._learning = self.plan.learning
+        peers = [peer_name(index) for index in range(scenario.nodes)]
+        nat = Nat(scenario.nat, peers, self._rng("nat"), self._base) if scenario.nat.classes else None
+        self._network = SimNetwork(self.clock, scenario.links, self._rng("links"), nat, self._base)
         self._prepare()
 
     def run(self, progress: Callable[["World"], None] = lambda world: None) -> Result:
-        """Until every node is done and nobody is away, or virtual time is up. Ctrl-C raises as usual."""
-        while (
-            not self._over() and (due := self.clock.due_at()) is not None and due <= self.scenario.at_most_s
-        ):
-            self.clock.step()
-            if self.events % 512 == 0:
+        """Until every node is done or gone for good, virtual time is up, or `stop` is called."""
+        with _fewer_collections():
+            while self.clock.run(self.scenario.at_most_s, ACTIONS_PER_TELLING):
                 progress(self)
+        if self._checkers is not None and not self._stopped:
+            self._checkers.finish(self.clock.now())
         return self.result()
+
+    def stop(self) -> None:
+        """Have `run` return after the event it is at, with what there is: a partial result."""
+        self._stopped = self.clock.stopped = True
 
     # --- making the nodes -------------------------------------------------------------------------------
     def _rng(self, concern: str) -> random.Random:
@@ -177,272 +252,526 @@ class World:
         return random.Random(f"{self.scenario.seed} {concern}")
 
     def _prepare(self) -> None:
-        from pathlib import Path
-
         scenario = self.scenario
-        try:
-            build(scenario.rule)
-        except ValueError as error:
-            raise ConfigError("rule", str(error)) from error
-        whole = make_task(scenario.task, scenario.options, Path.cwd())
-        partition = Partition(
-            count=scenario.nodes, partitioner=scenario.partitioner, alpha=scenario.alpha, seed=scenario.seed
-        )
-        self._model = build_model(whole)
-        params = initial_params(whole, scenario.seed)
-        schema = schema_of(params)
-        self._model_bytes = len(encode_params(params))
-        self._settings = CoreSettings(
-            network="sim",
-            task=whole.name,
-            schema=schema_hash(whole.name, schema),
-            max_model_bytes=max_blob_bytes(schema),
-            exchange=scenario.exchange,
-            gossip=scenario.gossip,
-        )
-        speeds = self._rng("speed")
-        self.nodes = []
-        for index, task in enumerate(partition_task(whole, partition)):
-            node = SimNode(index, task, scenario.seed)
-            node.speed = 1 + scenario.compute.spread * (2 * speeds.random() - 1)
-            self.nodes.append(node)
+        self.nodes = [SimNode(index, samples) for index, samples in enumerate(self.plan.facts.num_samples)]
+        self._deal_devices()
         self._lay_links()
-        schedule = list(scenario.schedule) or draw_schedule(
-            scenario.churn, scenario.nodes, self._rng("churn")
+        self._choose_measured()
+        # A wrong path in the churn or the timeline ends the run here, before anything has happened.
+        for event in draw_schedule(scenario.churn, scenario.nodes, self._rng("churn"), self._base):
+            self.nodes[event.node].changes += 1
+            self.clock.at(event.at_s, self._scheduled, event)
+        self._timeline_rng = self._rng("timeline")
+        lines = timeline.parse(scenario.timeline, scenario.nodes)
+        self._lines_ahead = len(lines)
+        for line in lines:
+            self.clock.at(line.at_s, self._befall, line)
+        self.clock.after(0.0, self._sample)
+
+    def _choose_measured(self) -> None:
+        """Who evaluates: the others' configs say never."""
+        scenario = self.scenario
+        self._measured = CoreSettings(
+            network="sim",
+            task=self.plan.facts.task_name,
+            schema=SchemaHash(self.plan.facts.schema),
+            max_model_bytes=self.plan.facts.model_bytes,
+            exchange=scenario.exchange,
+            gossip=replace(scenario.gossip, evaluate_every=scenario.evaluation.every),
         )
-        try:
-            check_schedule(schedule, scenario.nodes)
-        except ValueError as error:
-            raise ConfigError("schedule", str(error)) from error
-        self._pending_changes = len(schedule)
-        for event in sorted(schedule):
-            self.clock.after(event.at_s, self._change(event))
+        never = replace(scenario.gossip, evaluate_every=MAX_ROUND + 1)
+        self._unmeasured = replace(self._measured, gossip=never)
+        count = max(1, round(scenario.evaluation.share * len(self.nodes)))
+        chosen = sorted(self._rng("evaluation").sample(range(len(self.nodes)), count))
+        for index in chosen:
+            self.nodes[index].evaluates = True
+        self._compared = [self.nodes[index] for index in chosen[:MAX_CONSENSUS]]
+
+    def _deal_devices(self) -> None:
+        devices, speeds, clocks = self.scenario.devices, self._rng("speed"), self._rng("clocks")
+        classes = devices.classes or (DeviceClass(name="", share=1.0),)
+        kinds = deal([item.share for item in classes], len(self.nodes), self._rng("devices"))
+        for node, kind in zip(self.nodes, kinds, strict=True):
+            node.device = classes[kind].name
+            node.speed = classes[kind].slowdown * (1 + devices.spread * (2 * speeds.random() - 1))
+            node.clock_offset_s = devices.clock_offset_s * clocks.random()
+            node.clock_rate = 1 + devices.clock_drift * (2 * clocks.random() - 1)
 
     def _lay_links(self) -> None:
-        """Who dials whom. Each edge of a drawn topology is dialled from one end."""
-        scenario = self.scenario
-        if scenario.topology == "discover":
-            first = sim_address(self.nodes[0].peer)
+        """Who dials whom. Each edge of a drawn topology is dialled from one end, the one that can."""
+        topology, view = self.scenario.topology, self.scenario.view
+        if topology.kind == "discover":
+            first = sim_address(self._most_reachable())
+            view = replace(view, bootstrap=(first,), target_degree=topology.degree)
             for node in self.nodes:
-                node.view = ViewSettings(bootstrap=(first,), target_degree=scenario.degree)
+                node.view = view
             return
         dials: dict[int, list[str]] = defaultdict(list)
-        for low, high in draw_edges(scenario):
-            dials[high].append(sim_address(self.nodes[low].peer))
+        for low, high in draw_edges(topology, len(self.nodes), self.scenario.seed, self._base):
+            one, other = self.nodes[low].peer, self.nodes[high].peer
+            if self._network.reaches(other, one):
+                dials[high].append(sim_address(one))
+            else:
+                dials[low].append(sim_address(other))
         for node in self.nodes:
-            node.view = ViewSettings(
+            node.view = replace(
+                view,
                 bootstrap=tuple(dials[node.index]),
                 static=True,
                 target_degree=0,
-                max_degree=max(1, scenario.nodes),
+                max_degree=len(self.nodes),
             )
+
+    def _most_reachable(self) -> PeerId:
+        """The first node of the NAT class that most nodes can dial."""
+        firsts = {self._network.nat_of(node.peer): node.peer for node in reversed(self.nodes)}
+        reached = {
+            peer: sum(self._network.reaches(node.peer, peer) for node in self.nodes)
+            for peer in sorted(firsts.values())
+        }
+        return max(reached, key=lambda peer: reached[peer])
 
     # --- coming and going -------------------------------------------------------------------------------
-    def _change(self, event: ChurnEvent) -> Callable[[], None]:
-        def change() -> None:
-            self._pending_changes -= 1
-            node = self.nodes[event.node]
-            if event.change is Change.CRASH:
-                self._crash(node)
-            else:
-                self._start(node)
+    def _scheduled(self, event: ChurnEvent) -> None:
+        node = self.nodes[event.node]
+        node.changes -= 1
+        self._change(node, event.change)
+        self._settle(node)
 
-        return change
+    def _befall(self, line: TimelineEvent) -> None:
+        """One line of the timeline."""
+        self._lines_ahead -= 1
+        self._learning.later(partial(self.observer.note, NoteRow(self.clock.now(), line.text)))
+        match line.action:
+            case Action.PARTITION:
+                groups = timeline.groups(line, len(self.nodes), self._timeline_rng)
+                self._network.partition([[self.nodes[i].peer for i in group] for group in groups])
+            case Action.HEAL:
+                self._network.heal()
+            case Action.LOSS:
+                self._network.set_loss(line.value)
+            case Action.LATENCY:
+                self._network.scale_latency(line.value)
+            case Action.BANDWIDTH:
+                self._network.scale_bandwidth(line.value)
+            case _:
+                change = CHANGES[line.action]
+                able = [node.index for node in self.nodes if _can(node, change)]
+                for index in timeline.choose(line, able, self._timeline_rng):
+                    self._change(self.nodes[index], change)
+        for node in self.nodes:
+            self._settle(node)
+
+    def _change(self, node: SimNode, change: Change) -> None:
+        """Where it makes no sense any more, as a crash of a node that another cause took down, nothing happens."""
+        if not _can(node, change):
+            return
+        match change:
+            case Change.JOIN | Change.RESTART:
+                if node.core is not None:
+                    self._crash(node)  # it hung, and is switched off and on
+                self._start(node)
+            case Change.CRASH:
+                self._crash(node)
+            case Change.WIPE:
+                self._crash(node, wiped=True)
+                node.checkpoint = None
+                node.peers = {}
+            case Change.LEAVE:
+                self._handle(node, node.epoch, StopRequested())
+            case Change.SILENCE:
+                node.silent = True
+                self._network.silence(node.peer)
+            case Change.WAKE:
+                node.silent = False
+                self._network.wake(node.peer)
+                backlog, node.backlog = node.backlog, deque(maxlen=SILENT_BACKLOG)
+                epoch = node.epoch
+                for event in backlog:
+                    self._handle(node, epoch, event)
+            case _:
+                assert_never(change)
 
     def _start(self, node: SimNode) -> None:
+        if node.port is not None:  # its goodbyes are still on their way
+            self.clock.after(HALT_S, self._change, node, Change.RESTART)
+            return
         node.epoch += 1
-        epoch = node.epoch
-
-        def deliver(event: Event) -> None:
-            if node.epoch == epoch:
-                self._handle(node, event)
-
-        port = node.port = self._network.join(node.peer, deliver, lambda ref, digest: self._admit(ref))
-        models = NodeModels(
-            self._shared, port.endpoint.held, node.index * 1_000_000 + epoch, self._model_bytes
+        node.finished = False  # with what it has lost it may have rounds to do again
+        node.port = self._network.join(node.peer, partial(self._handle, node, node.epoch), _admit)
+        settings = self._measured if node.evaluates else self._unmeasured
+        node.core = self._make_core(
+            replace(settings, view=node.view), node.peer, self._rng(f"core {node.index} {node.epoch}")
         )
-        node.core = NodeCore(
-            msgspec.structs.replace(self._settings, view=node.view),
-            node.peer,
-            self._rng(f"core {node.index} {epoch}"),
-        )
-        node.work = Work(
-            node.task,
-            self.scenario.training,
-            self.scenario.rule,
-            models,
-            node.seed,
-            node.peer,
-            model=self._model,
-        )
-        ref = node.checkpoint
-        if ref is None:
-            seed = (
-                self.scenario.seed
-                if self.scenario.start == "common"
-                else self.scenario.seed * 100_003 + node.index + 1
-            )
-            ref = models.save(initial_params(node.task, seed), 0, len(node.task.train[1]))
-        else:
-            self._shared.add(Digest(ref.digest), self._shared.get(Digest(ref.digest)))
-            port.endpoint.held[Digest(ref.digest)] = Digest(ref.digest)
-        deliver(Started((sim_address(node.peer),), tuple(node.peers.values()), ref))
+        self._settle(node)
+        if self._checkers is not None:
+            self._checkers.started(node.index, node.core, self.clock.now(), node.epoch)
+        if node.checkpoint is None:
+            node.checkpoint = self._new_ref(node, 0), self._first_model(node)
+        ref, value = node.checkpoint
+        node.port.endpoint.held[Digest(ref.digest)] = value
+        self._handle(node, node.epoch, Started((sim_address(node.peer),), tuple(node.peers.values()), ref))
 
-    def _crash(self, node: SimNode) -> None:
-        assert node.port is not None
-        endpoint = node.port.endpoint
+    def _first_model(self, node: SimNode) -> Value:
+        seed = self.scenario.seed
+        if self.scenario.data.start == "different":
+            return self._learning.begin(seed * 100_003 + node.index + 1)
+        if self._common is None:
+            self._common = self._learning.begin(seed)
+        return self._common
+
+    def _crash(self, node: SimNode, wiped: bool = False) -> None:
+        """Nothing of it goes on but what it keeps on its disk."""
+        self._end(node, wiped)
+        self._unplug(node)
+
+    def _halt(self, node: SimNode) -> None:
+        """A graceful end: what was sent still goes out."""
+        self._end(node)
+        self.clock.after(HALT_S, self._unplug, node)
+
+    def _end(self, node: SimNode, wiped: bool = False) -> None:
         node.epoch += 1
-        self._network.leave(node.peer)
-        self._bytes_of_the_gone += endpoint.bytes_sent
-        for digest in list(endpoint.held):
-            self._shared.drop(digest)
-        node.core = node.port = node.work = None
+        node.core = None
+        node.silent = False
+        node.backlog.clear()
+        if self._checkers is not None:
+            self._checkers.gone(node.index, wiped)
+        self._settle(node)
 
-    def _admit(self, ref: ModelRef) -> None:
-        """Models made here are right by construction; hostile ones are the faults' affair, not the network's."""
-        digest = Digest(ref.digest)
-        try:
-            self._shared.add(digest, self._shared.get(digest))
-        except LocalError as error:  # its last holder let it go while it was on its way
-            raise PeerError(Reason.GONE, str(error)) from error
+    def _unplug(self, node: SimNode) -> None:
+        if node.port is not None:
+            self._network.leave(node.peer)
+            node.port.endpoint.held.clear()  # what is still on its way there would keep its models in memory
+            node.port = None
+
+    def _settle(self, node: SimNode) -> None:
+        """Count a node whose end is reached: it is done, or away for good."""
+        away = not node.online and not node.changes and not self._lines_ahead
+        settled = node.finished or away
+        self._num_unsettled -= settled - node.settled
+        node.settled = settled
+        if not self._num_unsettled:
+            self.clock.stopped = True
 
     # --- events and effects -----------------------------------------------------------------------------
-    def _handle(self, node: SimNode, event: Event) -> None:
-        assert node.core is not None
-        self.events += 1
-        self._hash(node, event)
-        for effect in node.core.step(self.clock.now(), event):
-            self._do(node, effect)
+    def _handle(self, node: SimNode, epoch: int, event: Event) -> None:
+        """Hand an event to the core and do what it asks for, unless the node has crashed since."""
+        if node.epoch != epoch:
+            return
+        if node.silent:
+            node.backlog.append(event)
+            return
+        core, now = node.core, self.clock.moment_s
+        assert core is not None
+        self._trace(now, node.index, event)
+        effects = core.step(node.clock_offset_s + now * node.clock_rate, event)
+        if self._checkers is not None:
+            self._checkers.after(node.index, now, event, effects)
+        for effect in effects:
+            _PERFORM[type(effect)](self, node, effect)
 
-    def _hash(self, node: SimNode, event: Event) -> None:
-        # Measured values stay out: a trace must not depend on rounding.
-        traced = Evaluated(event.token, {}) if isinstance(event, Evaluated) else event
-        self._trace.update(struct.pack("<dI", self.clock.now(), node.index))
-        self._trace.update(self._encoder.encode(traced))
-
-    def _do(self, node: SimNode, effect: Effect) -> None:
+    def _send(self, node: SimNode, effect: Send) -> None:
         assert node.port is not None
-        match effect:
-            case Send(peer, message):
-                self.messages[str(type(message).__struct_config__.tag)] += 1
-                node.port.send(peer, message)
-            case SetTimer(timer, after_s):
-                self._later(node, after_s, lambda: TimerFired(timer))
-            case Train() | Aggregate() | Evaluate():
-                self._work(node, effect)
-            case Fetch(token, peer, ref):
-                self.fetches += 1
-                node.port.fetch(token, peer, ref)
-            case Keep(ref):
-                self._keep(node, ref)
-            case Forget(ref):
-                if node.port.endpoint.held.pop(Digest(ref.digest), None) is not None:
-                    self._shared.drop(Digest(ref.digest))
-            case Emit(record):
-                self._record(node, record)
-            case Penalise(_, reason, _):
-                self.refused[reason.value] += 1
-            case KeepPeer(record):
-                node.peers[record.peer] = record
-            case Dial(address):
-                node.port.dial(address)
-            case Disconnect(peer, reason):
-                node.port.disconnect(peer, reason)
-            case Halt():
-                self._crash(node)
-            case _:
-                assert_never(effect)
+        node.port.send(effect.peer, effect.message)
 
-    def _work(self, node: SimNode, order: WorkOrder) -> None:
-        compute, work = self.scenario.compute, node.work
-        assert work is not None
-        duration = {Train: compute.train_s, Aggregate: compute.aggregate_s, Evaluate: compute.evaluate_s}[
-            type(order)
+    def _set_timer(self, node: SimNode, effect: SetTimer) -> None:
+        delay_s = effect.after_s / node.clock_rate
+        self.clock.after(delay_s, self._handle, node, node.epoch, TimerFired(effect.timer))
+
+    def _fetch(self, node: SimNode, effect: Fetch) -> None:
+        assert node.port is not None
+        self.fetches += 1
+        node.port.fetch(effect.token, effect.peer, effect.ref)
+
+    def _keep(self, node: SimNode, effect: Keep) -> None:
+        node.checkpoint = effect.ref, self._held(node, effect.ref)
+
+    def _forget(self, node: SimNode, effect: Forget) -> None:
+        assert node.port is not None
+        node.port.endpoint.held.pop(Digest(effect.ref.digest), None)
+
+    def _penalise(self, node: SimNode, effect: Penalise) -> None:
+        self.refused[effect.reason.value] += 1
+
+    def _keep_peer(self, node: SimNode, effect: KeepPeer) -> None:
+        node.peers[effect.record.peer] = effect.record
+
+    def _dial(self, node: SimNode, effect: Dial) -> None:
+        assert node.port is not None
+        node.port.dial(effect.address)
+
+    def _disconnect(self, node: SimNode, effect: Disconnect) -> None:
+        assert node.port is not None
+        node.port.disconnect(effect.peer, effect.reason)
+
+    def _stop_node(self, node: SimNode, effect: Halt) -> None:
+        self._halt(node)
+
+    # --- work -------------------------------------------------------------------------------------------
+    def _train(self, node: SimNode, effect: Train) -> None:
+        value = self._learning.train(self._held(node, effect.ref), node.index, effect.round)
+        ref = self._new_ref(node, effect.round)
+        self._work(node, self._train_s, Trained(effect.token, ref), value)
+
+    def _aggregate(self, node: SimNode, effect: Aggregate) -> None:
+        own = effect.own
+        inputs = [
+            Received(self._held(node, item.ref), float(item.ref.num_samples), item.staleness, item.peer)
+            for item in effect.inputs
         ]
-        self._later(node, duration * node.speed, lambda: work.perform(order))
+        value = self._learning.merge(
+            self._held(node, own), float(own.num_samples), inputs, node.index, node.epoch
+        )
+        self._work(node, self._aggregate_s, Aggregated(effect.token, self._new_ref(node, own.round)), value)
 
-    def _later(self, node: SimNode, delay_s: float, make_event: Callable[[], Event]) -> None:
-        epoch = node.epoch
+    def _evaluate(self, node: SimNode, effect: Evaluate) -> None:
+        metrics = self._learning.measure(self._held(node, effect.ref), node.index)
+        answer = Evaluated(effect.token, metrics)
+        self.clock.after(self._evaluate_s * node.speed, self._handle, node, node.epoch, answer)
 
-        def due() -> None:
-            if node.epoch == epoch:
-                self._handle(node, make_event())
+    def _work(self, node: SimNode, duration_s: float, answer: Trained | Aggregated, value: Value) -> None:
+        self.clock.after(duration_s * node.speed, self._worked, node, node.epoch, answer, value)
 
-        self.clock.after(delay_s, due)
+    def _worked(self, node: SimNode, epoch: int, answer: Trained | Aggregated, value: Value) -> None:
+        if node.epoch == epoch:
+            assert node.port is not None
+            node.port.endpoint.held[Digest(answer.ref.digest)] = value
+            self._handle(node, epoch, answer)
 
-    def _keep(self, node: SimNode, ref: ModelRef) -> None:
-        old, digest = node.checkpoint, Digest(ref.digest)
-        self._shared.add(digest, self._shared.get(digest))
-        node.checkpoint = ref
-        if old is not None:
-            self._shared.drop(Digest(old.digest))
+    def _held(self, node: SimNode, ref: ModelRef) -> Value:
+        assert node.port is not None
+        value = node.port.endpoint.held[Digest(ref.digest)]
+        assert isinstance(value, Value)
+        return value
 
-    def _record(self, node: SimNode, record: Record) -> None:
-        if isinstance(record, RoundDone) and record.metrics:
-            node.accuracy[record.round] = next(iter(record.metrics.values()))
+    def _new_ref(self, node: SimNode, round_: int) -> ModelRef:
+        """A digest names who made a model and when, not its bytes: a trace then depends on no rounding."""
+        node.num_models += 1
+        digest = (node.index << 64 | node.num_models).to_bytes(DIGEST_BYTES, "big")
+        return ModelRef(digest, self.plan.facts.model_bytes, round_, node.num_samples)
+
+    def _work_failed(self, index: int, detail: str) -> None:
+        self.failed_work += 1
+        self.observer.note(NoteRow(self.clock.now(), detail, index))
+
+    # --- records and rows -------------------------------------------------------------------------------
+    def _emit(self, node: SimNode, effect: Emit) -> None:
+        record, now = effect.record, self.clock.moment_s
+        if isinstance(record, RoundDone):
+            self.node_rounds += 1
+            if isinstance(record.metrics, Metrics):
+                self._learning.later(partial(self._measured_round, now, node, record))
         elif isinstance(record, LearningDone):
-            self._finished.add(node.index)
-        self._on_record(self.clock.now(), node.index, record)
+            node.finished = True
+            self._settle(node)
+        elif isinstance(record, Trouble):
+            self._learning.later(
+                partial(self.observer.note, NoteRow(now, f"{record.what}: {record.detail}", node.index))
+            )
+        if self._tells_records:
+            self._learning.later(partial(self.observer.record, now, node.index, record))
 
-    # --- the end ----------------------------------------------------------------------------------------
-    def _over(self) -> bool:
-        return self._pending_changes == 0 and len(self._finished) == len(self.nodes)
+    def _measured_round(self, at_s: float, node: SimNode, record: RoundDone) -> None:
+        if record.metrics:
+            node.accuracy[record.round] = next(iter(record.metrics.values()))
+        self.observer.round(
+            RoundRow(
+                at_s=at_s,
+                node=node.index,
+                round=record.round,
+                num_merged=record.num_merged,
+                staleness_max=record.staleness_max,
+                duration_s=record.duration_s,
+                metrics=record.metrics,
+            )
+        )
+
+    def _sample(self) -> None:
+        """One row of the time series, now and again later."""
+        self._sample_now()
+        self._num_rows += 1
+        if self._num_rows % MAX_SAMPLES == 0:
+            self._sample_every_s *= 2
+        self.clock.after(self._sample_every_s, self._sample)
+
+    def _sample_now(self) -> None:
+        network, now = self._network, self.clock.now()
+        row = SampleRow(
+            at_s=now,
+            alive=self.num_online,
+            done=self.num_finished,
+            links=network.num_links,
+            rounds=self.node_rounds,
+            events=self.events,
+            messages=dict(sorted(network.messages.items())),
+            control_bytes=network.control_bytes,
+            model_bytes=network.model_bytes,
+        )
+        self._learning.later(partial(self.observer.sample, row))
+        if self.scenario.evaluation.consensus and not self.scenario.dry_run:
+            self._compare(now)
+
+    def _compare(self, now: float) -> None:
+        models = [
+            self._held(node, node.core.model)
+            for node in self._compared
+            if node.core is not None and node.core.model is not None
+        ]
+        if len(models) > 1:
+            found = self._learning.consensus(models)
+            self._learning.later(partial(self._measured_consensus, now, len(models), found))
+
+    def _measured_consensus(self, at_s: float, num_models: int, found: Metrics) -> None:
+        self._consensus = found["distance"]
+        self.observer.consensus(ConsensusRow(at_s, num_models, found["distance"]))
+
+    # --- the trace --------------------------------------------------------------------------------------
+    def _trace(self, now: float, index: int, event: Event) -> None:
+        """Every event goes into the trace hash, measured values apart: a trace must not depend on rounding."""
+        if type(event) is Evaluated:
+            event = Evaluated(event.token, {})
+        self._encode_into((now, index, event), self._traced, -1)
+        self.events += 1
+        if self.events >= self._end_after:
+            self.clock.stopped = True
+        if not self.events % BLOCK_EVENTS:
+            self.observer.block(TraceBlock(self.events, now, self._trace_hash()))
+        if self._trace_events:
+            self.observer.event(now, index, event)
+
+    def _trace_hash(self) -> str:
+        self._hash.update(self._traced)
+        self._traced.clear()
+        return self._hash.hexdigest()
+
+    # --- for whoever watches ----------------------------------------------------------------------------
+    @property
+    def num_online(self) -> int:
+        return sum(node.online for node in self.nodes)
 
     @property
     def num_finished(self) -> int:
-        return len(self._finished)
+        return sum(node.finished for node in self.nodes)
+
+    @property
+    def bytes_sent(self) -> int:
+        return self._network.control_bytes + self._network.model_bytes
+
+    def accuracy(self) -> float | None:
+        """The mean of what the evaluating nodes found last, as far as it is computed."""
+        last = self._last_accuracies()
+        return statistics.fmean(last) if last else None
+
+    def _last_accuracies(self) -> list[float]:
+        return [node.accuracy[max(node.accuracy)] for node in self.nodes if node.accuracy]
+
+    # --- the end ----------------------------------------------------------------------------------------
+    def overlay(self) -> Overlay:
+        """Who is linked with whom now."""
+        index = {node.peer: node.index for node in self.nodes}
+        nodes = [
+            OverlayNode(
+                index=node.index,
+                alive=node.online,
+                device=node.device,
+                nat=self._network.nat_of(node.peer),
+                round=node.core.round if node.core else 0,
+            )
+            for node in self.nodes
+        ]
+        links = sorted(tuple(sorted((index[a], index[b]))) for a, b in self._network.links())
+        return Overlay(nodes, [(a, b) for a, b in links])
 
     def result(self) -> Result:
-        """What the run gave so far."""
-        last = [accuracy for node in self.nodes if (accuracy := _last(node.accuracy)) is not None]
+        """What the run gave so far. Computes what was put off."""
+        self._sample_now()
+        self._learning.flush()
+        last = self._last_accuracies()
         by_round: dict[int, list[float]] = defaultdict(list)
         for node in self.nodes:
             for round_, accuracy in node.accuracy.items():
                 by_round[round_].append(accuracy)
-        bytes_sent = self._bytes_of_the_gone + sum(
-            node.port.endpoint.bytes_sent for node in self.nodes if node.port is not None
-        )
         return Result(
-            trace_hash=self._trace.hexdigest(),
-            accuracy_mean=statistics.mean(last) if last else 0.0,
-            accuracy_min=min(last, default=0.0),
-            accuracy_by_round=[statistics.mean(by_round[round_]) for round_ in sorted(by_round)],
+            trace_hash=self._trace_hash(),
+            partial=self._stopped,
+            accuracy_mean=statistics.fmean(last) if last else None,
+            accuracy_min=min(last, default=None),
+            accuracy_max=max(last, default=None),
+            accuracy_by_round=[statistics.fmean(by_round[round_]) for round_ in sorted(by_round)],
+            consensus_distance=self._consensus,
             events=self.events,
-            bytes_sent=bytes_sent,
-            messages_sent=dict(sorted(self.messages.items())),
+            node_rounds=self.node_rounds,
+            bytes_sent=self.bytes_sent,
+            messages_sent=dict(sorted(self._network.messages.items())),
             fetches=self.fetches,
             refused=dict(sorted(self.refused.items())),
+            failed_work=self.failed_work,
             virtual_s=self.clock.now(),
-            finished=len(self._finished),
+            nodes=len(self.nodes),
+            alive=self.num_online,
+            finished=self.num_finished,
         )
 
 
-def _last(accuracy: Mapping[int, float]) -> float | None:
-    return accuracy[max(accuracy)] if accuracy else None
+@contextmanager
+def _fewer_collections() -> Iterator[None]:
+    """A run makes millions of short-lived objects and hardly a cycle: Python's collector would walk thousands of cores
+    again and again for nothing."""
+    before = gc.get_threshold()
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 100)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+        gc.unfreeze()
 
 
-def draw_edges(scenario: Scenario) -> Sequence[tuple[int, int]]:
-    """The undirected edges of a drawn topology, each as (low, high), sorted; always connected.
+CHANGES = {
+    Action.CRASH: Change.CRASH,
+    Action.WIPE: Change.WIPE,
+    Action.LEAVE: Change.LEAVE,
+    Action.RESTART: Change.RESTART,
+    Action.SILENCE: Change.SILENCE,
+    Action.WAKE: Change.WAKE,
+}
 
-    Raises:
-        ConfigError: no such graph exists.
-    """
-    nodes, degree = scenario.nodes, scenario.degree
-    if nodes == 1:
-        return []
-    if scenario.topology == "ring":
-        graph = nx.cycle_graph(nodes) if nodes > 2 else nx.path_graph(nodes)
-    elif scenario.topology == "full":
-        graph = nx.complete_graph(nodes)
-    else:
-        if degree >= nodes or (nodes * degree) % 2 or (degree == 1 and nodes > 2):
-            raise ConfigError(
-                "degree",
-                f"no connected {degree}-regular graph of {nodes} nodes",
-                ["2 to nodes - 1, nodes * degree even"],
-            )
-        seeds = random.Random(f"{scenario.seed} topology")
-        graph = nx.random_regular_graph(degree, nodes, seed=seeds.getrandbits(32))
-        while not nx.is_connected(graph):
-            graph = nx.random_regular_graph(degree, nodes, seed=seeds.getrandbits(32))
-    return sorted((min(edge), max(edge)) for edge in graph.edges)
+
+def _can(node: SimNode, change: Change) -> bool:
+    """Whether this can happen to the node as it is."""
+    match change:
+        case Change.JOIN | Change.RESTART:
+            return not node.online and (node.epoch > 0 or change is Change.JOIN)
+        case Change.WAKE:
+            return node.silent
+        case Change.CRASH | Change.WIPE:
+            return node.core is not None
+        case Change.LEAVE | Change.SILENCE:
+            return node.online
+        case _:
+            assert_never(change)
+
+
+def _admit(ref: ModelRef, value: object) -> None:
+    """Models made here are right by construction; damaged ones are the links' affair."""
+
+
+_PERFORM: dict[type, Callable[[World, SimNode, Any], None]] = {
+    Send: World._send,
+    SetTimer: World._set_timer,
+    Train: World._train,
+    Aggregate: World._aggregate,
+    Evaluate: World._evaluate,
+    Fetch: World._fetch,
+    Keep: World._keep,
+    Forget: World._forget,
+    Emit: World._emit,
+    Penalise: World._penalise,
+    KeepPeer: World._keep_peer,
+    Dial: World._dial,
+    Disconnect: World._disconnect,
+    Halt: World._stop_node,
+}
+assert set(_PERFORM) == set(get_args(Effect)), "an effect without a deed"

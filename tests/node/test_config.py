@@ -11,7 +11,16 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from node.cli import app
-from node.config import CONFIG_FILE, Config, convert_config, load_config, parse_config, to_toml, toml_value
+from node.config import (
+    CONFIG_FILE,
+    Config,
+    TrainingConfig,
+    convert_config,
+    load_config,
+    parse_config,
+    to_toml,
+    toml_value,
+)
 from protocols.errors import ConfigError
 from protocols.vocabulary import SchemaHash
 
@@ -50,7 +59,7 @@ def refused(text: str, **environ: str) -> ConfigError:
             "[task.shard]\nindex = 0\ncount = 2\nof = 3",
             "task.shard.of",
             "no such setting",
-            "alpha, count, index, partitioner, seed, shards_per_node",
+            "alpha, count, index, partitioner, samples_per_node, seed, shards_per_node",
         ),
         ("network = 3", "network", "expected `object`, got `int`", ""),
         ("[network]\nname = 3", "network.name", "expected `str`, got `int`", ""),
@@ -275,7 +284,8 @@ def test_a_written_config_shows_every_default() -> None:
     shown = tomllib.loads(to_toml(Config()))
     assert set(shown) == set(Config.__struct_fields__)
     assert set(shown["network"]) == set(Config().network.__struct_fields__)
-    assert shown["training"] == msgspec.to_builtins(Config().training)
+    assert msgspec.convert(shown["training"], TrainingConfig) == Config().training
+    assert set(shown["training"]) == set(TrainingConfig.__struct_fields__)
 
 
 @pytest.mark.parametrize("protocol", ["gossip", "none"])

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from node.randomness import stream, torch_seed, torch_seeded
+from node.randomness import FEW_OF_MANY, RoundStreams, stream, torch_seed, torch_seeded
 
 PATHS = st.lists(st.one_of(st.text(max_size=5), st.integers(-3, 3)), max_size=3)
 REPOSITORY = Path(__file__).parents[2]
@@ -77,3 +77,57 @@ def test_the_global_torch_generator_is_put_back_even_after_an_error() -> None:
             pass
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(*drawn)
+
+
+# --- words by round -------------------------------------------------------------------------------------
+def test_a_round_begins_where_its_counter_says_and_never_changes() -> None:
+    key = int.from_bytes(hashlib.sha256(b'[7, "a", "batches"]').digest()[:16], "little")
+    expected = np.random.Philox(key=key, counter=[0, 0, 5, 0]).random_raw(9)
+    streams = RoundStreams(7, ["b", "a"], "batches")
+    streams.words(0, 5, 3)
+    assert np.array_equal(streams.words(1, 5, 9), expected)
+    assert streams.random_orders([(1, 5)], 6, 6).tolist() == [[4, 1, 3, 5, 0, 2]]
+    assert streams.random_orders([(1, 5)], 1000, 5).tolist() == [[443, 763, 537, 680, 911]]
+
+
+def test_drawing_more_or_elsewhere_changes_nothing() -> None:
+    streams = RoundStreams(0, ["a", "b"], "batches")
+    alone = streams.words(0, 1, 50)
+    streams.words(1, 1, 7)
+    streams.words(0, 2, 7)
+    assert np.array_equal(streams.words(0, 1, 50), alone)
+    assert np.array_equal(streams.words(0, 1, 13), alone[:13])
+
+
+def test_names_rounds_seeds_and_purposes_have_words_of_their_own() -> None:
+    drawn = [
+        int(RoundStreams(seed, ["a", "b"], purpose).words(index, round_, 1)[0])
+        for seed in (0, 1)
+        for purpose in ("batches", "train")
+        for index in (0, 1)
+        for round_ in (0, 1, 2**32, 2**63)
+    ]
+    assert len(set(drawn)) == len(drawn)
+
+
+@settings(derandomize=True, max_examples=200)
+@given(st.data(), st.integers(1, 600))
+def test_an_order_holds_no_item_twice_and_a_shorter_one_is_its_beginning(data: st.DataObject, n: int) -> None:
+    count = data.draw(st.integers(1, n))
+    streams = RoundStreams(3, ["a"], "batches")
+    (order,) = streams.random_orders([(0, 4)], n, count)
+    assert len(set(order.tolist())) == count
+    assert 0 <= order.min() <= order.max() < n
+    fewer = data.draw(st.integers(1, count))
+    if (n >= FEW_OF_MANY * count) == (n >= FEW_OF_MANY * fewer):
+        assert streams.random_orders([(0, 4)], n, fewer)[0].tolist() == order[:fewer].tolist()
+
+
+def test_every_item_is_as_likely_in_every_place() -> None:
+    streams = RoundStreams(0, ["a"], "batches")
+    for num_items, count in ((5, 3), (48, 3)):
+        orders = streams.random_orders([(0, round_) for round_ in range(20_000)], num_items, count)
+        for place in orders.T:
+            seen = np.bincount(place, minlength=num_items)
+            expected = 20_000 / num_items
+            assert ((seen - expected) ** 2 / expected).sum() < 2 * num_items + 20  # chi-squared, generously

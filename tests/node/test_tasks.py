@@ -13,6 +13,7 @@ from node.tasks import (
     classification_metrics,
     initial_params,
     mlp,
+    partition_indices,
     partition_task,
     regression_metrics,
     shard_task,
@@ -91,12 +92,47 @@ def test_the_shard_seed_decides_the_deal() -> None:
             Shard(index=0, count=3, partitioner="dirichlet"),
             "task.shard.partitioner: `dirichlet` needs one integer class a sample (allowed: iid, shard)",
         ),
+        (
+            toy(),
+            Shard(index=0, count=3, samples_per_node=61),
+            "task.shard.samples_per_node: 61 of 60 samples (allowed: 1 to 60)",
+        ),
+        (
+            toy(),
+            Shard(index=0, count=3, samples_per_node=6, partitioner="shard"),
+            "task.shard.samples_per_node: set beside `shard` (allowed: iid)",
+        ),
     ],
 )
 def test_a_deal_that_cannot_be_is_refused(task: Task, shard: Shard, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         shard_task(task, shard)
     assert str(caught.value) == message
+
+
+def test_nodes_may_draw_their_samples_each_by_itself() -> None:
+    task = toy()
+    deal = Partition(count=100, samples_per_node=7, seed=3)
+    parts = partition_indices(task, deal)
+    assert [len(set(part.tolist())) for part in parts] == [7] * 100
+    assert all((part[:-1] < part[1:]).all() for part in parts)
+    assert len({tuple(part) for part in parts}) > 95
+    assert {int(sample) for part in parts for sample in part} == set(range(60))
+    fewer = partition_indices(task, msgspec.structs.replace(deal, count=10))
+    assert all((one == other).all() for one, other in zip(parts, fewer, strict=False)), (
+        "a draw is a node's own"
+    )
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"partitioner": "shard"}, {"partitioner": "dirichlet"}, {"samples_per_node": 9}], ids=str
+)
+def test_a_daemon_and_the_simulator_give_a_node_the_same_samples(options: dict[str, Any]) -> None:
+    task = toy()
+    parts = partition_indices(task, Partition(count=4, seed=2, **options))
+    for index, part in enumerate(parts):
+        own = shard_task(task, Shard(index=index, count=4, seed=2, **options))
+        assert own.train[0].flatten().tolist() == part.tolist()
 
 
 def test_regression_targets_can_be_dealt_in_sorted_shards() -> None:

@@ -1,17 +1,21 @@
-"""Training is a pure function, and the same one as torch.optim.SGD."""
+"""Training is a pure function, and the same one as with torch.optim."""
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from aggregation.base import Params
-from node.randomness import stream
+from node.randomness import RoundStreams
 from node.settings import TrainingSettings
 from node.task_loading import make_task
 from node.tasks import Task, build_model, initial_params, regression_metrics
@@ -55,38 +59,61 @@ def equal(one: Params, other: Params) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def reference_sgd(task: Task, params: Params, settings: TrainingSettings, batches: np.ndarray) -> Params:
+def batches_of(num_samples: int, settings: TrainingSettings, round_: int = 0) -> np.ndarray:
+    (batches,) = batch_indices(RoundStreams(5, ["a"], "batches"), [(0, round_)], num_samples, settings)
+    return batches
+
+
+def torch_optimizer(module: nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer:
+    rate, decay = settings.learning_rate, settings.weight_decay
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(
+            module.parameters(),
+            lr=rate,
+            momentum=settings.momentum,
+            nesterov=settings.nesterov,
+            weight_decay=decay,
+        )
+    kind = torch.optim.Adam if settings.optimizer == "adam" else torch.optim.AdamW
+    return kind(module.parameters(), lr=rate, betas=settings.betas, eps=settings.epsilon, weight_decay=decay)
+
+
+def reference(task: Task, params: Params, settings: TrainingSettings, batches: np.ndarray) -> Params:
     module = task.model()
     module.load_state_dict(params)
-    optimiser = torch.optim.SGD(
-        module.parameters(),
-        lr=settings.learning_rate,
-        momentum=settings.momentum,
-        weight_decay=settings.weight_decay,
-    )
+    optimizer = torch_optimizer(module, settings)
     for batch in batches:
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss = task.loss(module(task.train[0][batch]), task.train[1][batch])
         torch.autograd.backward(loss)
-        optimiser.step()
+        optimizer.step()
     return dict(module.state_dict())
 
 
+OPTIMIZERS: list[dict[str, Any]] = [
+    {},
+    {"momentum": 0.9},
+    {"momentum": 0.9, "nesterov": True},
+    {"optimizer": "adam", "learning_rate": 0.01},
+    {"optimizer": "adam", "learning_rate": 0.01, "betas": (0.8, 0.9), "epsilon": 1e-3},
+    {"optimizer": "adamw", "learning_rate": 0.01},
+]
+
+
 @pytest.mark.parametrize("model", [plain, PartlyUsed])
-@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("chosen", OPTIMIZERS, ids=str)
 @pytest.mark.parametrize("weight_decay", [0.0, 0.01])
-def test_training_equals_torch_sgd(
-    model: Callable[[], nn.Module], momentum: float, weight_decay: float
+def test_training_equals_torch_optim(
+    model: Callable[[], nn.Module], chosen: dict[str, Any], weight_decay: float
 ) -> None:
-    task, settings = toy(model), TrainingSettings(momentum=momentum, weight_decay=weight_decay)
+    task, settings = toy(model), TrainingSettings(weight_decay=weight_decay, **chosen)
     params = initial_params(task, 1)
-    batches = batch_indices(40, settings, stream(5, "a", "batches", 3))
     with torch.random.fork_rng():
-        expected = reference_sgd(task, params, settings, batches)
+        expected = reference(task, params, settings, batches_of(40, settings, round_=3))
     found, num_samples = train(task, params, settings, round=3, seed=5, node="a")
     assert num_samples == 40
     for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-6, atol=1e-6)
     if model is PartlyUsed:
         assert torch.equal(found["unused.weight"], params["unused.weight"])
         assert torch.equal(found["frozen.weight"], params["frozen.weight"])
@@ -146,18 +173,46 @@ def test_buffers_are_updated_and_returned() -> None:
 
 
 def test_a_batch_is_never_larger_than_the_shard_nor_holds_a_sample_twice() -> None:
-    batches = batch_indices(5, TrainingSettings(local_steps=3, batch_size=16), stream(0))
+    batches = batches_of(5, TrainingSettings(local_steps=3, batch_size=16))
     assert batches.shape == (3, 5)
     assert all(sorted(batch) == [0, 1, 2, 3, 4] for batch in batches.tolist())
 
 
 def test_batches_walk_through_all_samples_before_they_repeat() -> None:
     settings = TrainingSettings(local_steps=10, batch_size=4)
-    batches = batch_indices(10, settings, stream(0))
+    batches = batches_of(10, settings)
     assert batches.shape == (10, 4)
     assert np.bincount(batches.ravel()).tolist() == [4] * 10
     assert all(len(set(batch)) == 4 for batch in batches.tolist())
-    assert len(set(batch_indices(1000, settings, stream(0)).ravel().tolist())) == 40
+    assert len(set(batches_of(1000, settings).ravel().tolist())) == 40
+
+
+@hypothesis_settings(derandomize=True, max_examples=200)
+@given(
+    num_samples=st.integers(1, 400),
+    batch_size=st.integers(1, 40),
+    local_steps=st.integers(1, 40),
+    round_=st.integers(0, 2**40),
+)
+def test_the_law_of_batches(num_samples: int, batch_size: int, local_steps: int, round_: int) -> None:
+    chosen = TrainingSettings(local_steps=local_steps, batch_size=batch_size)
+    batches = batches_of(num_samples, chosen, round_)
+    assert batches.shape == (local_steps, min(batch_size, num_samples))
+    assert all(len(set(batch)) == len(batch) for batch in batches.tolist())
+    uses = np.bincount(batches.ravel(), minlength=num_samples)
+    assert len(uses) == num_samples
+    assert uses.max() - uses.min() <= 1
+
+
+def test_batches_of_many_nodes_are_those_of_each() -> None:
+    chosen, names = TrainingSettings(local_steps=3, batch_size=4), ["a", "b", "c"]
+    streams = RoundStreams(5, names, "batches")
+    places = [(2, 7), (0, 1), (2, 8), (1, 7)]
+    for num_samples in (1, 5, 12, 100, 1000):
+        many = batch_indices(streams, places, num_samples, chosen)
+        for (node, round_), batches in zip(places, many, strict=True):
+            alone = RoundStreams(5, [names[node]], "batches")
+            assert np.array_equal(batches, batch_indices(alone, [(0, round_)], num_samples, chosen)[0])
 
 
 def test_a_shard_of_one_sample_trains() -> None:
@@ -224,9 +279,28 @@ def test_the_digits_are_learnt_within_seconds(tmp_path: Path) -> None:
         {"learning_rate": 0.0},
         {"momentum": 1.0},
         {"weight_decay": -0.1},
-        {"optimizer": "adam"},
+        {"optimizer": "rmsprop"},
+        {"optimizer": "adam", "betas": [0.9, 1.0]},
+        {"optimizer": "adam", "epsilon": 0},
     ],
 )
 def test_settings_out_of_bounds_are_refused(settings: dict[str, object]) -> None:
     with pytest.raises(msgspec.ValidationError):
         msgspec.convert(settings, TrainingSettings)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ({"nesterov": True}, "nesterov needs a momentum above 0"),
+        ({"optimizer": "adam", "momentum": 0.9}, "momentum and nesterov belong to sgd; adam has betas"),
+        ({"optimizer": "adamw", "nesterov": True}, "belong to sgd; adamw has betas"),
+        ({"betas": [0.8, 0.9]}, "belong to adam and adamw; sgd has momentum"),
+        ({"epsilon": 1e-4}, "belong to adam and adamw"),
+    ],
+)
+def test_settings_that_would_do_nothing_are_refused(chosen: dict[str, object], message: str) -> None:
+    with pytest.raises(msgspec.ValidationError, match=message):
+        msgspec.convert(chosen, TrainingSettings)
+    with pytest.raises(ValueError, match=message):
+        TrainingSettings(**chosen)  # type: ignore[arg-type]

@@ -1,0 +1,150 @@
+"""What is learned in a run, and where it is computed: made from a scenario, without torch where nothing is learned here.
+
+Belongs here: reading the task, dealing its data, and all that a world must know of models without touching one.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from msgspec import Struct
+
+from protocols.errors import ConfigError
+from protocols.vocabulary import PeerId
+from sim.graph import Graph, Learning, Surrogate
+from sim.orders import Computer, Here
+from sim.scenarios import Scenario, rule_specs
+
+if TYPE_CHECKING:
+    from sim.engine import LocalEngine
+
+ROUNDS_PUT_OFF = 2
+"""Rounds of all nodes that are held back, where the scenario does not say how many orders. Fewer make smaller batches;
+with more, less of the computing goes on beside the events."""
+
+
+def peer_name(index: int) -> PeerId:
+    """The peer id of a simulated node."""
+    return PeerId(f"node-{index:05d}")
+
+
+class Facts(Struct, frozen=True, array_like=True):
+    """What a world knows of the models.
+
+    num_samples: training samples of each node.
+    """
+
+    task_name: str
+    schema: bytes
+    model_bytes: int
+    num_samples: list[int]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The learning of one run. computer: None in a dry run."""
+
+    learning: Learning
+    computer: Computer | None
+    facts: Facts
+
+    def describe(self) -> dict[str, object]:
+        """How it is computed, for the operator."""
+        return self.computer.describe() if self.computer is not None else {"dry run": True}
+
+    def close(self) -> None:
+        """End whatever computes."""
+        if self.computer is not None:
+            self.computer.close()
+
+
+class MakeComputer(Protocol):
+    """Reads a scenario's task and deals its data; raises ConfigError where that cannot be done.
+
+    base: the folder from which a task's relative paths start.
+    """
+
+    def __call__(self, scenario: Scenario, base: Path) -> tuple[Computer, Facts]: ...
+
+
+def make_engine(scenario: Scenario, base: Path) -> tuple["LocalEngine", Facts]:
+    """All models in this process.
+
+    Raises ConfigError where task, data, rule or device cannot be used.
+    """
+    from aggregation.rules import build
+    from node.settings import Partition
+    from node.task_loading import make_task
+    from node.tasks import initial_params, partition_indices
+    from node.weights import encode_params, schema_hash, schema_of
+    from sim.engine import LocalEngine
+
+    try:
+        build(rule_specs(scenario.rule))
+    except ValueError as error:
+        raise ConfigError("rule", str(error)) from error
+    data = scenario.data
+    task = make_task(data.task, data.options, base)
+    partition = Partition(
+        count=scenario.nodes,
+        partitioner=data.partitioner,
+        alpha=data.alpha,
+        shards_per_node=data.shards_per_node,
+        samples_per_node=data.samples_per_node,
+        seed=scenario.seed,
+    )
+    try:
+        parts = partition_indices(task, partition)
+    except ConfigError as error:
+        # A daemon's config calls it a shard of its task.
+        raise ConfigError(error.path.replace("task.shard", "data", 1), error.problem) from error
+    params = initial_params(task, scenario.seed)
+    engine = LocalEngine(
+        task,
+        parts,
+        scenario.training,
+        rule_specs(scenario.rule),
+        scenario.seed,
+        scenario.compute,
+        names=[peer_name(index) for index in range(scenario.nodes)],
+    )
+    facts = Facts(
+        task_name=task.name,
+        schema=schema_hash(task.name, schema_of(params)),
+        model_bytes=len(encode_params(params)),
+        num_samples=[len(part) for part in parts],
+    )
+    return engine, facts
+
+
+def compute_here(scenario: Scenario, base: Path) -> tuple[Computer, Facts]:
+    """A `MakeComputer`: in this process, by turns with the events."""
+    engine, facts = make_engine(scenario, base)
+    return Here(engine), facts
+
+
+def plan_learning(
+    scenario: Scenario,
+    base: Path,
+    on_failure: Callable[[int, str], None],
+    make_computer: MakeComputer = compute_here,
+) -> Plan:
+    """Everything that has to do with models, ready to run.
+
+    on_failure: as in `Graph`.
+
+    Raises ConfigError where task, data or rule cannot be used.
+    """
+    if scenario.dry_run:
+        facts = Facts(
+            task_name=scenario.data.task,
+            schema=hashlib.sha256(b"dry run").digest(),
+            model_bytes=scenario.data.model_bytes,
+            num_samples=[scenario.data.samples_per_node or 1] * scenario.nodes,
+        )
+        return Plan(Surrogate(), None, facts)
+    computer, facts = make_computer(scenario, base)
+    pending = scenario.compute.max_pending or 2 * ROUNDS_PUT_OFF * scenario.nodes
+    return Plan(Graph(computer, pending, on_failure), computer, facts)
