@@ -18,7 +18,10 @@ from typing import Any
 import msgspec
 
 from node.cluster import Cluster, LocalNode, free_port, local_settings
-from sim.world import Scenario, World, draw_edges
+from sim.scenario_files import convert
+from sim.scenarios import Scenario, rule_specs
+from sim.topology import draw_edges
+from sim.world import World
 
 KINDS = ("hello", "offer", "beat", "decline", "ask", "peers", "bye")
 
@@ -27,10 +30,8 @@ def make_scenario(nodes: int, rounds: int, seed: int) -> Scenario:
     tables = {
         "nodes": nodes,
         "seed": seed,
-        "degree": 4,
-        "options": {"hidden": [64]},
-        "partitioner": "dirichlet",
-        "alpha": 0.5,
+        "topology": {"degree": 4},
+        "data": {"options": {"hidden": [64]}, "partitioner": "dirichlet", "alpha": 0.5},
         "training": {"local_steps": 10, "batch_size": 16, "learning_rate": 0.1},
         "gossip": {
             "rounds": rounds,
@@ -41,16 +42,16 @@ def make_scenario(nodes: int, rounds: int, seed: int) -> Scenario:
             "wait_at_most_s": 120.0,
         },
         "links": {"latency_s": 0.005},
-        "compute": {"train_s": 0.02, "aggregate_s": 0.01, "evaluate_s": 0.01},
+        "devices": {"train_s": 0.02, "aggregate_s": 0.01, "evaluate_s": 0.01},
     }
-    return msgspec.convert(tables, Scenario)
+    return convert(tables)
 
 
 def run_real(scenario: Scenario, folder: Path) -> dict[str, Any]:
     """The scenario on daemons: fixed ports, so that the drawn graph can be written into their configs."""
     ports = [free_port() for _ in range(scenario.nodes)]
     neighbours: dict[int, list[int]] = defaultdict(list)
-    for low, high in draw_edges(scenario):
+    for low, high in draw_edges(scenario.topology, scenario.nodes, scenario.seed, Path.cwd()):
         neighbours[high].append(low)
     gossip = msgspec.to_builtins(scenario.gossip)
     with Cluster() as cluster:
@@ -62,12 +63,16 @@ def run_real(scenario: Scenario, folder: Path) -> dict[str, Any]:
             shard = {"index": index, "count": scenario.nodes, "seed": scenario.seed}
             tables = local_settings(
                 network={**network, "heartbeat_s": 5.0, "dead_after_s": 20.0},
-                learning={**gossip, "rule": list(scenario.rule)},
+                learning={**gossip, "rule": list(rule_specs(scenario.rule))},
                 training=msgspec.to_builtins(scenario.training),
                 task={
-                    "name": scenario.task,
-                    "options": scenario.options,
-                    "shard": {**shard, "partitioner": scenario.partitioner, "alpha": scenario.alpha},
+                    "name": scenario.data.task,
+                    "options": scenario.data.options,
+                    "shard": {
+                        **shard,
+                        "partitioner": scenario.data.partitioner,
+                        "alpha": scenario.data.alpha,
+                    },
                 },
             )
             cluster.add(folder / str(index), tables)

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-import msgspec
 import torch
 
-from sim.world import Scenario, World
+from sim.scenario_files import convert
+from sim.world import World
 
 mpl.use("Agg")
 from matplotlib import pyplot as plt
@@ -36,16 +36,18 @@ SPLITS = {"IID": ("iid", 0.5), "Dirichlet(0.5)": ("dirichlet", 0.5)}
 
 def run(start: str, rule: tuple[str, ...], partitioner: str, alpha: float, seed: int) -> list[float]:
     """Mean accuracy after each round."""
-    scenario = msgspec.convert(
+    scenario = convert(
         {
             "nodes": 16,
             "seed": seed,
-            "degree": 4,
-            "start": start,
+            "topology": {"degree": 4},
             "rule": rule,
-            "options": {"hidden": [64, 64, 64]},
-            "partitioner": partitioner,
-            "alpha": alpha,
+            "data": {
+                "start": start,
+                "options": {"hidden": [64, 64, 64]},
+                "partitioner": partitioner,
+                "alpha": alpha,
+            },
             "training": {"local_steps": 5, "batch_size": 16, "learning_rate": 0.1},
             "gossip": {
                 "rounds": MAX_ROUNDS,
@@ -54,8 +56,7 @@ def run(start: str, rule: tuple[str, ...], partitioner: str, alpha: float, seed:
                 "pause_s": 0.0,
                 "keep_every": 1000,
             },
-        },
-        Scenario,
+        }
     )
     return World(scenario).run().accuracy_by_round
 

@@ -4,7 +4,8 @@ Belongs here: reading the task, dealing its data, and all that a world must know
 """
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
 ROUNDS_PUT_OFF = 2
 """Rounds of all nodes that are held back, where the scenario does not say how many orders. Fewer make smaller batches;
 with more, less of the computing goes on beside the events."""
+
+PATHS = {"task.name": "data.task", "task.options": "data.options", "task.shard": "data"}
+"""Of a daemon's config, and what they are in a scenario."""
 
 
 def peer_name(index: int) -> PeerId:
@@ -86,7 +90,6 @@ def make_engine(scenario: Scenario, base: Path) -> tuple["LocalEngine", Facts]:
     except ValueError as error:
         raise ConfigError("rule", str(error)) from error
     data = scenario.data
-    task = make_task(data.task, data.options, base)
     partition = Partition(
         count=scenario.nodes,
         partitioner=data.partitioner,
@@ -95,11 +98,9 @@ def make_engine(scenario: Scenario, base: Path) -> tuple["LocalEngine", Facts]:
         samples_per_node=data.samples_per_node,
         seed=scenario.seed,
     )
-    try:
+    with _paths_of_a_scenario():
+        task = make_task(data.task, data.options, base)
         parts = partition_indices(task, partition)
-    except ConfigError as error:
-        # A daemon's config calls it a shard of its task.
-        raise ConfigError(error.path.replace("task.shard", "data", 1), error.problem) from error
     params = initial_params(task, scenario.seed)
     engine = LocalEngine(
         task,
@@ -117,6 +118,17 @@ def make_engine(scenario: Scenario, base: Path) -> tuple["LocalEngine", Facts]:
         num_samples=[len(part) for part in parts],
     )
     return engine, facts
+
+
+@contextmanager
+def _paths_of_a_scenario() -> Iterator[None]:
+    """A daemon's config has other names for what stands in `data`."""
+    try:
+        yield
+    except ConfigError as error:
+        theirs = next((path for path in PATHS if error.path.startswith(path)), "")
+        path = PATHS.get(theirs, "") + error.path.removeprefix(theirs)
+        raise ConfigError(path, error.problem, [error.allowed] if error.allowed else ()) from error
 
 
 def compute_here(scenario: Scenario, base: Path) -> tuple[Computer, Facts]:

@@ -24,7 +24,7 @@ from sim.scenarios import Scenario
 
 _LENGTH = struct.Struct("<I")
 END_S = 10.0
-"""For the child to end by itself once its pipe is closed."""
+"""For the child to end by itself once a pipe is closed."""
 
 
 class Setup(Struct, frozen=True, tag=True):
@@ -97,17 +97,20 @@ class OtherProcess:
     """A `Computer` in a child process, which ends with this one whatever happens to it."""
 
     def __init__(self) -> None:
+        # -P, or a folder `sim` where the command is given would be taken for this package.
         self._child = subprocess.Popen(
-            [sys.executable, "-m", "sim.other_process"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            [sys.executable, "-P", "-m", "sim.other_process"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
         assert self._child.stdin is not None
         assert self._child.stdout is not None
         self._to_child: IO[bytes] = self._child.stdin
         self._from_child: IO[bytes] = self._child.stdout
         self._decoder: msgspec.msgpack.Decoder[_Answer] = msgspec.msgpack.Decoder(_Answer)
+        self._asked = False
 
     def ask(self, question: _Question) -> None:
         """Send one question; at most one may be unanswered."""
+        self._asked = True
         try:
             _write(self._to_child, question)
         except OSError as error:
@@ -121,6 +124,7 @@ class OtherProcess:
         frame = _read(self._from_child)
         if frame is None:
             raise self._lost()
+        self._asked = False
         answer = self._decoder.decode(frame)
         if isinstance(answer, Refused):
             raise ConfigError(answer.path, answer.problem, [answer.allowed] if answer.allowed else ())
@@ -143,6 +147,8 @@ class OtherProcess:
         return answer.engine
 
     def close(self) -> None:
+        if self._asked:  # what it is at is for nobody any more, and may take long
+            self._child.kill()
         for pipe in (self._to_child, self._from_child):
             with contextlib.suppress(OSError):  # it is gone, with a frame half-way
                 pipe.close()
@@ -153,9 +159,15 @@ class OtherProcess:
             self._child.wait()
 
     def _lost(self) -> LocalError:
-        code = self._child.poll()
+        with contextlib.suppress(subprocess.TimeoutExpired):  # its pipe may be gone a moment before itself
+            self._child.wait(END_S)
+        code = self._child.returncode
         how = "closed its pipe" if code is None else f"ended with code {code}"
-        return LocalError(f"the computing process {how}; was there enough memory?")
+        if code is not None and code < 0:
+            how = f"was ended by signal {-code}"
+        return LocalError(
+            f"the computing process {how}; if the memory ran out, take fewer nodes or a smaller compute.max_pending"
+        )
 
 
 def _write(pipe: IO[bytes], message: Struct) -> None:
@@ -201,11 +213,16 @@ def serve(source: IO[bytes], sink: IO[bytes]) -> None:
 
 
 def main() -> None:
-    """What a task prints must not come between the frames, and Ctrl-C is the parent's to handle."""
+    """What a task prints must not come between the frames. Ctrl-C and SIGTERM, which often go to both processes, are
+    the parent's to handle."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sink = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    serve(sys.stdin.buffer, sink)
+    try:
+        serve(sys.stdin.buffer, sink)
+    except BrokenPipeError:  # the parent is gone, and nobody reads what is left in the buffer
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sink.fileno())
 
 
 if __name__ == "__main__":

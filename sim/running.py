@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -87,13 +87,14 @@ def run_scenario(
     validate(scenario, base)
     began_at = time.perf_counter()
     world = World(scenario, base, make_computer=make_computer)
-    if out is None:
-        result, timing = _run(world, began_at, progress)
-        return Outcome(result, timing, None)
-    with ResultsWriter(out, to_toml(scenario), replace) as writer:
-        world.observer = _ToFolder(writer)
-        result, timing = _run(world, began_at, progress)
-        writer.finish(result, {**timing, "base": str(base.resolve())}, world.overlay())
+    with closing(world.plan):
+        if out is None:
+            result, timing = _run(world, began_at, progress)
+            return Outcome(result, timing, None)
+        with ResultsWriter(out, to_toml(scenario), replace) as writer:
+            world.observer = _ToFolder(writer)
+            result, timing = _run(world, began_at, progress)
+            writer.finish(result, {**timing, "base": str(base.resolve())}, world.overlay())
     try:
         return Outcome(result, timing, _write_report(out))
     except ConfigError as error:
@@ -102,19 +103,15 @@ def run_scenario(
 
 def _run(world: World, began_at: float, progress: Callable[[World], None]) -> tuple[Result, dict[str, Any]]:
     ready_at = time.perf_counter()
-    try:
-        with _stopped_by_signals(world):
-            result = world.run(progress)
-    finally:
-        engine = world.plan.describe()
-        world.plan.close()
+    with _stopped_by_signals(world):
+        result = world.run(progress)
     wall_s = time.perf_counter() - ready_at
     timing = {
         "setup_s": round(ready_at - began_at, 3),
         "wall_s": round(wall_s, 3),
         "node_rounds_per_s": round(result.node_rounds / wall_s, 1),
         "events_per_s": round(result.events / wall_s, 1),
-        "engine": engine,
+        "engine": world.plan.describe(),
     }
     return result, timing
 

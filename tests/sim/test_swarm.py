@@ -45,6 +45,13 @@ def test_the_core_keeps_its_promises(seed: int) -> None:
     assert outcome.faults == draw_faults(seed).kinds
 
 
+def test_seeds_that_nobody_has_tried_yet() -> None:
+    """Others in every run; a failure names its seed and the command that shows it again."""
+    for seed in random.SystemRandom().sample(range(10**6, 10**9), 3):
+        outcome = run_seed(seed)
+        assert outcome.ok, outcome.violation
+
+
 def test_a_seed_gives_one_run() -> None:
     first, again = run_seed(SEEDS[0]), run_seed(SEEDS[0])
     assert replace(first, wall_s=0.0) == replace(again, wall_s=0.0)
