@@ -807,6 +807,8 @@ class WatchedNode(Protocol):
 
 
 class WatchedClock(Protocol):
+    """The world's."""
+
     def now(self) -> float: ...
 
 

@@ -99,11 +99,12 @@ def run(
         _list(as_json)
         return
     overrides = [
+        # The scenario's options are those of its own task.
+        *([f"data.task={json.dumps(_task_here(task))}", "data.options="] if task is not None else []),
         *(settings or []),
         *([f"nodes={nodes}"] if nodes is not None else []),
         *([f"gossip.rounds={rounds}"] if rounds is not None else []),
         *([f"seed={seed}"] if seed is not None else []),
-        *([f"data.task={json.dumps(_task_here(task))}"] if task is not None else []),
         *(["dry_run=true"] if dry_run else []),
         *([f"compute.device={json.dumps(device)}"] if device is not None else []),
     ]

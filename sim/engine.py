@@ -107,6 +107,14 @@ class LocalEngine:
         """A copy of one model, on the CPU."""
         return {name: tensor.to("cpu", copy=True) for name, tensor in self._rows.params(row).items()}
 
+    def export(self, rows: Sequence[int]) -> NDArray[np.uint8]:
+        """[models, bytes of one]: copies, to the bit, for `import_` of an engine of the same scenario elsewhere."""
+        return self._rows.export(self._index(rows))
+
+    def import_(self, rows: Sequence[int], data: NDArray[np.uint8]) -> None:
+        """Fill rows with models that another engine exported, in their order."""
+        self._rows.import_(self._index(rows), data)
+
     def consensus(self, rows: Sequence[int]) -> float:
         """Over all floating tensors, in float64."""
         if not rows:

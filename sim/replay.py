@@ -11,6 +11,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from node.config import toml_value
 from protocols.errors import ConfigError
 from protocols.events import Event
 from sim.results import Run, TraceBlock
@@ -52,7 +53,7 @@ class Difference(Struct, frozen=True):
     a: TracedEvent | None
     b: TracedEvent | None
     settings: list[str]
-    """Settings in which the scenarios differ, as `path: of a -> of b`."""
+    """Settings in which the scenarios differ, as `path: of a -> of b`, in TOML; the name and summary left out."""
 
 
 def replay(run: Run, progress: Callable[[World], None] = lambda world: None) -> Replay:
@@ -156,10 +157,14 @@ def _last_shared(a: Sequence[TraceBlock], b: Sequence[TraceBlock]) -> int:
 def _changed(a: Scenario, b: Scenario) -> list[str]:
     first, second = dict(_flat(msgspec.to_builtins(a))), dict(_flat(msgspec.to_builtins(b)))
     return [
-        f"{path}: {first.get(path)!r} -> {second.get(path)!r}"
+        f"{path}: {_shown(first.get(path))} -> {_shown(second.get(path))}"
         for path in sorted({**first, **second})
-        if first.get(path) != second.get(path)
+        if first.get(path) != second.get(path) and path not in ("name", "summary")
     ]
+
+
+def _shown(value: Any) -> str:
+    return "unset" if value is None else toml_value(value)
 
 
 def _flat(tables: dict[str, Any], above: str = "") -> list[tuple[str, Any]]:

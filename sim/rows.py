@@ -6,7 +6,9 @@ Belongs here: which column holds what, and moving rows in and out. What is compu
 import math
 from collections.abc import Mapping
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from aggregation.base import Params
@@ -76,6 +78,20 @@ class Rows:
     def scatter(self, rows: Tensor, tile: Tile) -> None:
         for dtype, matrix in tile.items():
             self.matrices[dtype].index_copy_(0, rows, matrix)
+
+    def export(self, rows: Tensor) -> NDArray[np.uint8]:
+        """[models, bytes_per_row], for `import_` of other rows with the same layout: every dtype's columns, as bytes."""
+        parts = [matrix.view(torch.uint8) for matrix in self.gather(rows).values()]
+        return torch.cat(parts, dim=1).cpu().numpy()
+
+    def import_(self, rows: Tensor, data: NDArray[np.uint8]) -> None:
+        start = 0
+        for dtype, matrix in self.matrices.items():
+            width = dtype.itemsize * matrix.shape[1]
+            # Copied, as only memory of its own can be seen as another dtype; `data` may also be read-only.
+            columns = torch.from_numpy(data[:, start : start + width].copy())
+            matrix.index_copy_(0, rows, columns.view(dtype).to(matrix.device))
+            start += width
 
     def take_back(self, tile: Tile, index: int, row: int) -> None:
         """Put into the tile's model what a row holds."""

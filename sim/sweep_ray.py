@@ -1,7 +1,7 @@
 """The cells of a sweep on the machines of a Ray cluster.
 
 Belongs here: what Ray needs to run a cell elsewhere and to bring its results home. Which cells there are and what their
-results say is `sweep.py`'s affair. Ray is loaded only when cells run.
+results say is `sweep.py`'s affair.
 """
 
 import os
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from protocols.errors import ConfigError
+from sim.ray_cluster import ray_at
 from sim.results import RUN_FILES
 from sim.sweep import END_WITHIN_S, Cell, Finished, command, last_lines
 
@@ -36,43 +36,26 @@ def run_cells_on_ray(
     covey must be installed on every worker. The scenario's own file travels along; other files that it names (a task,
     a trace, a matrix) must be found there under the same path. A `RunCells` once the address is given.
 
-    address: of a cluster, or `auto` for the one this machine belongs to; left out, Ray starts one here and ends it.
+    address: as `ray_at` takes it.
 
     Raises:
         ConfigError: at `--ray`: Ray is not installed, or no cluster answers.
     """
-    ray = _ray()
-    ours = not ray.is_initialized()
-    if ours:
+    with ray_at(address) as ray:
+        task = ray.remote(num_cpus=1, max_retries=1)(run_elsewhere)
+        left: dict[Any, Cell] = {}
         try:
-            ray.init(address=address, log_to_driver=False, include_dashboard=False, configure_logging=False)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise ConfigError("--ray", f"no Ray cluster at {address or 'this machine'}: {error}") from error
-    task = ray.remote(num_cpus=1, max_retries=1)(run_elsewhere)
-    left: dict[Any, Cell] = {}
-    try:
-        for cell in cells:
-            left[task.remote(cell, make_command, _own_file(cell))] = cell
-        while left:
-            (ready, *_), _ = ray.wait(list(left))
-            cell = left.pop(ready)
-            done(cell, _unpack(ray, ready, cell))
-    finally:
-        for running in left:
-            ray.cancel(running)  # as by Ctrl-C there, which ends the child too
-        if left:
-            ray.wait(list(left), num_returns=len(left), timeout=END_WITHIN_S)
-        if ours:
-            ray.shutdown()
-
-
-def _ray() -> Any:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing leaves the machine unasked
-    try:
-        import ray
-    except ImportError as error:
-        raise ConfigError("--ray", "ray is not installed", ["pip install 'covey[ray]'"]) from error
-    return ray
+            for cell in cells:
+                left[task.remote(cell, make_command, _own_file(cell))] = cell
+            while left:
+                (ready, *_), _ = ray.wait(list(left))
+                cell = left.pop(ready)
+                done(cell, _unpack(ray, ready, cell))
+        finally:
+            for running in left:
+                ray.cancel(running)  # as by Ctrl-C there, which ends the child too
+            if left:
+                ray.wait(list(left), num_returns=len(left), timeout=END_WITHIN_S)
 
 
 def _own_file(cell: Cell) -> bytes | None:
