@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, assert_never, get_args
+from typing import Any, Protocol, assert_never, cast, get_args
 
 import msgspec
 from msgspec.structs import replace
@@ -49,7 +49,7 @@ from protocols.events import (
     Trouble,
 )
 from protocols.view import ViewSettings
-from protocols.vocabulary import DIGEST_BYTES, MAX_ROUND, Digest, ModelRef, PeerId, PeerRecord, SchemaHash
+from protocols.vocabulary import DIGEST_BYTES, MAX_ROUND, ModelRef, PeerId, PeerRecord, SchemaHash
 from sim import timeline
 from sim.churn import Change, ChurnEvent, draw_schedule
 from sim.clock import VirtualClock
@@ -132,6 +132,7 @@ class SimNode:
         "epoch",
         "evaluates",
         "finished",
+        "held",
         "index",
         "num_models",
         "num_samples",
@@ -157,6 +158,8 @@ class SimNode:
         self.num_models = 0
         self.core: NodeCore | None = None
         self.port: SimPort | None = None
+        self.held: dict[bytes, Value] = {}
+        """By digest: what its network can serve, which is what its core holds."""
         self.silent = False
         self.backlog: deque[Event] = deque(maxlen=SILENT_BACKLOG)
         self.checkpoint: tuple[ModelRef, Value] | None = None
@@ -399,6 +402,7 @@ class World:
         node.epoch += 1
         node.finished = False  # with what it has lost it may have rounds to do again
         node.port = self._network.join(node.peer, partial(self._handle, node, node.epoch), _admit)
+        node.held = cast("dict[bytes, Value]", node.port.endpoint.held)
         settings = self._measured if node.evaluates else self._unmeasured
         node.core = self._make_core(
             replace(settings, view=node.view), node.peer, self._rng(f"core {node.index} {node.epoch}")
@@ -409,7 +413,7 @@ class World:
         if node.checkpoint is None:
             node.checkpoint = self._new_ref(node, 0), self._first_model(node)
         ref, value = node.checkpoint
-        node.port.endpoint.held[Digest(ref.digest)] = value
+        node.held[ref.digest] = value
         self._handle(node, node.epoch, Started((sim_address(node.peer),), tuple(node.peers.values()), ref))
 
     def _first_model(self, node: SimNode) -> Value:
@@ -442,7 +446,7 @@ class World:
     def _unplug(self, node: SimNode) -> None:
         if node.port is not None:
             self._network.leave(node.peer)
-            node.port.endpoint.held.clear()  # what is still on its way there would keep its models in memory
+            node.held.clear()  # what is still on its way there would keep its models in memory
             node.port = None
 
     def _settle(self, node: SimNode) -> None:
@@ -485,11 +489,10 @@ class World:
         node.port.fetch(effect.token, effect.peer, effect.ref)
 
     def _keep(self, node: SimNode, effect: Keep) -> None:
-        node.checkpoint = effect.ref, self._held(node, effect.ref)
+        node.checkpoint = effect.ref, node.held[effect.ref.digest]
 
     def _forget(self, node: SimNode, effect: Forget) -> None:
-        assert node.port is not None
-        node.port.endpoint.held.pop(Digest(effect.ref.digest), None)
+        node.held.pop(effect.ref.digest, None)
 
     def _penalise(self, node: SimNode, effect: Penalise) -> None:
         self.refused[effect.reason.value] += 1
@@ -510,23 +513,23 @@ class World:
 
     # --- work -------------------------------------------------------------------------------------------
     def _train(self, node: SimNode, effect: Train) -> None:
-        value = self._learning.train(self._held(node, effect.ref), node.index, effect.round)
+        value = self._learning.train(node.held[effect.ref.digest], node.index, effect.round)
         ref = self._new_ref(node, effect.round)
         self._work(node, self._train_s, Trained(effect.token, ref), value)
 
     def _aggregate(self, node: SimNode, effect: Aggregate) -> None:
         own = effect.own
         inputs = [
-            Received(self._held(node, item.ref), float(item.ref.num_samples), item.staleness, item.peer)
+            Received(node.held[item.ref.digest], float(item.ref.num_samples), item.staleness, item.peer)
             for item in effect.inputs
         ]
         value = self._learning.merge(
-            self._held(node, own), float(own.num_samples), inputs, node.index, node.epoch
+            node.held[own.digest], float(own.num_samples), inputs, node.index, node.epoch
         )
         self._work(node, self._aggregate_s, Aggregated(effect.token, self._new_ref(node, own.round)), value)
 
     def _evaluate(self, node: SimNode, effect: Evaluate) -> None:
-        metrics = self._learning.measure(self._held(node, effect.ref), node.index)
+        metrics = self._learning.measure(node.held[effect.ref.digest], node.index)
         answer = Evaluated(effect.token, metrics)
         self.clock.after(self._evaluate_s * node.speed, self._handle, node, node.epoch, answer)
 
@@ -535,15 +538,8 @@ class World:
 
     def _worked(self, node: SimNode, epoch: int, answer: Trained | Aggregated, value: Value) -> None:
         if node.epoch == epoch:
-            assert node.port is not None
-            node.port.endpoint.held[Digest(answer.ref.digest)] = value
+            node.held[answer.ref.digest] = value
             self._handle(node, epoch, answer)
-
-    def _held(self, node: SimNode, ref: ModelRef) -> Value:
-        assert node.port is not None
-        value = node.port.endpoint.held[Digest(ref.digest)]
-        assert isinstance(value, Value)
-        return value
 
     def _new_ref(self, node: SimNode, round_: int) -> ModelRef:
         """A digest names who made a model and when, not its bytes: a trace then depends on no rounding."""
@@ -614,7 +610,7 @@ class World:
 
     def _compare(self, now: float) -> None:
         models = [
-            self._held(node, node.core.model)
+            node.held[node.core.model.digest]
             for node in self._compared
             if node.core is not None and node.core.model is not None
         ]
