@@ -46,7 +46,11 @@ def ray_at(address: str | None) -> Iterator[Any]:
             raise ConfigError(
                 "--ray",
                 f"no Ray cluster at {address or 'this machine'}: {error}",
-                ["local", "auto", "host:port of a cluster"],
+                [
+                    "local",
+                    "auto",
+                    "host:port, and RAY_AUTH_MODE=token in the environment where the cluster asks",
+                ],
             ) from error
         yield ray
     finally:

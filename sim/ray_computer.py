@@ -112,7 +112,6 @@ class Sharding:
         # Of the step that is being planned.
         self._parts: list[Part] = []
         self._borrowed: dict[tuple[int, int], int] = {}
-        self._left: list[tuple[int, int]] = []
 
     def shard_of(self, node: int) -> int:
         return node * self.num_shards // self._num_nodes
@@ -165,13 +164,10 @@ class Sharding:
         self._parts = [Part(shard) for shard in range(self.num_shards)]
 
     def _close(self) -> list[Part]:
-        """Only now are rows free that something in this step may have read."""
+        """Only now may other models have the rows of the borrowed ones."""
         for (shard, _), own in self._borrowed.items():
             self._free[shard].append(own)
-        for shard, own in self._left:
-            self._free[shard].append(own)
         self._borrowed.clear()
-        self._left.clear()
         for part in self._parts:
             part.job.num_rows = self._num_rows[part.shard]
             part.job.imports = [ours for _, ours in part.moves.values()]
@@ -215,9 +211,10 @@ class Sharding:
         return own
 
     def _leave(self, row: int) -> None:
+        """Free at once: if this step reads it, then by an export to its new home, and exports come before jobs."""
         home = self._places.pop(row, None)
         if home is not None:
-            self._left.append(home)
+            self._free[home[0]].append(home[1])
 
     def _take(self, shard: int) -> int:
         if self._free[shard]:

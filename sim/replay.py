@@ -5,6 +5,7 @@ the running trace hash, not the trace itself: the events between two marks are h
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,8 @@ def replay(run: Run, progress: Callable[[World], None] = lambda world: None) -> 
     # One event more than there were would show a run that goes on where the first one stopped by itself.
     partial = bool(run.result and run.result.get("partial"))
     world = _world(run, marks, end_after=events if partial else events + 1)
-    result = world.run(progress)
+    with closing(world.plan):
+        result = world.run(progress)
     same = result.trace_hash == expected and result.events == events
     shared = None if same else _last_shared(run.blocks, marks.blocks)
     return Replay(same, result.trace_hash, expected, result.events, shared)
@@ -140,7 +142,8 @@ class _Events(Observer):
 def _events(run: Run, from_number: int, until: int, progress: Callable[[World], None]) -> list[TracedEvent]:
     watcher = _Events(from_number)
     world = _world(run, watcher, end_after=until, trace_events=True)
-    world.run(progress)
+    with closing(world.plan):
+        world.run(progress)
     return watcher.kept
 
 

@@ -88,9 +88,9 @@ class Rows:
         start = 0
         for dtype, matrix in self.matrices.items():
             width = dtype.itemsize * matrix.shape[1]
-            # Copied, as only memory of its own can be seen as another dtype; `data` may also be read-only.
-            columns = torch.from_numpy(data[:, start : start + width].copy())
-            matrix.index_copy_(0, rows, columns.view(dtype).to(matrix.device))
+            columns = torch.empty(len(data), matrix.shape[1], dtype=dtype)
+            columns.view(torch.uint8).numpy()[:] = data[:, start : start + width]
+            matrix.index_copy_(0, rows, columns.to(matrix.device))
             start += width
 
     def take_back(self, tile: Tile, index: int, row: int) -> None:

@@ -18,6 +18,7 @@ from digits import (
 
 from node.settings import TrainingSettings
 from protocols.gossip import GossipSettings
+from sim.other_process import compute_beside
 from sim.results import Result
 from sim.scenarios import DataSettings, EvaluationSettings, Scenario, TopologySettings
 from sim.world import World
@@ -29,7 +30,7 @@ def make_scenario(nodes: int, rounds: int, seed: int) -> Scenario:
         nodes=nodes,
         seed=seed,
         rule="mean",
-        data=DataSettings(samples_per_node=SAMPLES_PER_NODE, options={"hidden": [HIDDEN]}),
+        data=DataSettings(samples_per_node=SAMPLES_PER_NODE, options={"hidden": [HIDDEN]}, start="common"),
         topology=TopologySettings(kind="regular", degree=DEGREE),
         training=TrainingSettings(
             local_steps=STEPS_PER_ROUND, batch_size=BATCH_SIZE, learning_rate=LEARNING_RATE
@@ -44,8 +45,11 @@ def main() -> None:
     results: list[Result] = []
 
     def run(rounds: int) -> float:
-        world = World(make_scenario(asked.nodes, rounds, asked.seed))
-        return timed(lambda: results.append(world.run()))
+        world = World(make_scenario(asked.nodes, rounds, asked.seed), make_computer=compute_beside)
+        try:
+            return timed(lambda: results.append(world.run()))
+        finally:
+            world.plan.close()
 
     rounds, wall_s = run_for(asked.seconds, run)
     result = results[-1]

@@ -476,10 +476,76 @@ def test_giving_up_on_several_waiting_peers_at_once_is_no_trouble() -> None:
     assert of(Fetch, out) == [Fetch(4, PeerId("D"), ref(4))]
 
 
+def too_large(rig: Rig, peer: str, number: int) -> list[Output]:
+    return rig.offered(peer, ref(number, size=MAX_BYTES + 1))
+
+
 def test_the_third_refused_model_on_one_link_ends_it() -> None:
-    rig = Rig(A)
+    rig = Rig(A, B)
     for number in (1, 2):
-        assert not of(Disconnect, rig.offered(A, ref(number, size=MAX_BYTES + 1)))
-    out = rig.offered(A, ref(3, size=MAX_BYTES + 1))
+        assert not of(Disconnect, too_large(rig, A, number))
+    too_large(rig, B, 9)
+    out = too_large(rig, A, 3)
     assert of(Disconnect, out) == [Disconnect(A, Reason.TOO_LARGE)]
     assert isinstance(of(Send, out)[-1].message, Refuse)
+    assert (rig.view.is_live(A), rig.view.is_live(B)) == (False, True), "the view knows that the link ends"
+    assert too_large(rig, A, 4) == [], "what it still offers means nothing"
+    assert rig.offered(A, ref(5)) == []
+
+
+def test_refusals_of_every_kind_count_together_and_end_what_the_peer_still_owes() -> None:
+    rig = Rig(A, max_attempts=9)
+    rig.offered(A, ref(1))
+    rig.offered(A, ref(2))
+    too_large(rig, A, 7)
+    out = rig.step(FetchFailed(1, Reason.WRONG_HASH, "junk"))
+    assert of(Fetch, out) == [Fetch(2, A, ref(2))]
+    out = rig.step(FetchFailed(2, Reason.MALFORMED, "junk"))
+    assert of(Disconnect, out) == [Disconnect(A, Reason.MALFORMED)]
+    assert of(Forget, out) == [Forget(ref(2))]
+
+
+def test_strikes_are_counted_anew_on_a_new_link() -> None:
+    rig = Rig(A)
+    for number in (1, 2):
+        too_large(rig, A, number)
+    rig.unlink(A)
+    assert dict(rig.exchange._strikes) == {}
+    rig.link(A)
+    for number in (3, 4):
+        assert not of(Disconnect, too_large(rig, A, number))
+    assert of(Disconnect, too_large(rig, A, 5))
+
+
+@pytest.mark.parametrize("gone", [True, False], ids=["gone", "going"])
+def test_a_strike_of_a_peer_that_is_gone_is_told_but_not_kept(gone: bool) -> None:
+    """Its fetch may end in a refusal after its link has; peers that come once would fill the memory."""
+    rig = Rig(A)
+    rig.offered(A, ref(1))
+    if gone:
+        rig.unlink(A)
+    else:
+        rig.view.close(A, Reason.LINK, "")
+    out = rig.step(FetchFailed(1, Reason.WRONG_HASH, "junk"))
+    assert out == [Penalise(A, Reason.WRONG_HASH, "junk"), Forget(ref(1))]
+    assert dict(rig.exchange._strikes) == {}
+
+
+def test_a_neighbour_whose_link_is_ending_is_offered_nothing_and_asked_for_nothing() -> None:
+    rig = Rig(A, B, retry_s=1)
+    rig.offered(A, ref(1))
+    rig.step(FetchFailed(1, Reason.TIMEOUT))
+    rig.view.close(A, Reason.FULL, "")
+    assert rig.exchange.offer(ref(5), rig.view.live_learners()) == [Send(B, Offer(ref(5)))]
+    assert rig.offered(A, ref(2)) == []
+    assert rig.step(TimerFired(Timer("exchange", "retry", 1))) == [Forget(ref(1))]
+
+
+def test_only_what_was_begun_is_forgotten() -> None:
+    """Of an offer that only waited for its turn there is nothing on the disk."""
+    rig = Rig(A, B, C, max_parallel_fetches=1)
+    for number, peer in enumerate((A, B, C), 1):
+        rig.offered(peer, ref(number))
+    rig.view.close(B, Reason.FULL, "")
+    assert rig.step(FetchFailed(1, Reason.GONE)) == [Forget(ref(1)), Fetch(3, C, ref(3))]
+    assert rig.step(FetchFailed(3, Reason.GONE)) == [Forget(ref(3))]

@@ -215,6 +215,62 @@ def test_the_quorum_is_a_share_of_the_learning_neighbours(quorum: float, num: in
     assert len(of(Aggregate, out)) == (num > 0)
 
 
+@pytest.mark.parametrize("arrived", [False, True])
+def test_without_a_quorum_nobody_is_awaited_and_no_deadline_is_set(arrived: bool) -> None:
+    rig = at(Phase.TRAINING, quorum=0)
+    if arrived:
+        assert rig.arrive(A, ref(3)) == []
+    out = rig.train(ref(2))
+    assert of(SetTimer, out) == []
+    assert [send.peer for send in of(Send, out)] == [A, B], "they are offered the model all the same"
+    assert rig.gossip.phase is (Phase.MERGING if arrived else Phase.EVALUATING)
+    next_step = (
+        Aggregate(rig.token, ref(2), (Input(A, ref(3), 0),)) if arrived else Evaluate(rig.token, ref(2))
+    )
+    assert out[-1] == next_step
+
+
+def offered(rig: Rig, rounds: int) -> list[list[str]]:
+    """Whom each of so many rounds offers its model."""
+    rig.step(Started((), (), OWN))
+    told = []
+    for number in range(rounds):
+        out = rig.train(ref(100 + number))
+        told.append([send.peer for send in of(Send, out) if isinstance(send.message, Offer)])
+        rig.step(Evaluated(rig.token, {}))
+    return told
+
+
+def test_without_a_fanout_all_learning_neighbours_are_offered_the_model() -> None:
+    rig = Rig(A, B, C, quorum=0, fanout=0)
+    rig.link("helper", learning="none")
+    assert offered(rig, 3) == [[A, B, C]] * 3
+
+
+@pytest.mark.parametrize("fanout", [1, 2])
+def test_a_fanout_offers_the_model_to_so_many_drawn_anew_each_round(fanout: int) -> None:
+    rig = Rig(A, B, C, quorum=0, fanout=fanout)
+    rig.link("helper", learning="none")
+    told = offered(rig, 60)
+    assert all(len(set(peers)) == len(peers) == fanout for peers in told)
+    times = [sum(peer in peers for peers in told) for peer in (A, B, C)]
+    assert sum(times) == 60 * fanout
+    assert min(times) > 60 * fanout / 3 * 0.6, "everybody has its turn"
+
+
+def test_a_fanout_no_smaller_than_the_neighbourhood_means_all() -> None:
+    assert offered(Rig(A, B, quorum=0, fanout=2), 2) == [[A, B]] * 2
+    assert offered(Rig(A, B, quorum=0, fanout=5), 2) == [[A, B]] * 2
+    assert offered(Rig(quorum=0, fanout=1), 2) == [[], []]
+
+
+def test_a_fanout_passes_by_who_has_finished() -> None:
+    rig = Rig(A, B, C, quorum=0, fanout=1)
+    for peer in (A, C):
+        rig.beat(peer, active=False)
+    assert offered(rig, 10) == [[B]] * 10
+
+
 def test_models_that_came_during_training_count_at_once() -> None:
     rig = at(Phase.TRAINING)
     assert rig.arrive(A, ref(3)) == rig.arrive(B, ref(4)) == []

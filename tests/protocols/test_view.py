@@ -1,7 +1,7 @@
 """Whom a node keeps company with: greeting, liveness, back-off, degree, peer exchange."""
 
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import pytest
 
@@ -367,6 +367,63 @@ def test_bytes_thrown_away_are_counted_and_end_the_link() -> None:
     assert view.step(1, nobody) == [Penalise(PeerId(""), Reason.SECURITY, "plaintext")]
 
 
+# --- links that are ending ------------------------------------------------------------------------------
+ENDINGS = {
+    "closed by us": lambda view: view.close(A, Reason.WRONG_HASH, "why"),
+    "its bytes were thrown away": lambda view: view.step(1, Rejected(A, Reason.MALFORMED, "junk")),
+    "a second hello": lambda view: say(view, A, hello(A), 1),
+    "refused by it": lambda view: say(view, A, Refuse(Reason.FULL, "no room"), 1),
+    "goodbye": lambda view: say(view, A, Bye(), 1),
+}
+
+
+@pytest.mark.parametrize("end", ENDINGS.values(), ids=ENDINGS)
+def test_a_link_that_is_ending_is_none_any_more(end: Callable[[View], list[Output]]) -> None:
+    view = make_view()
+    link(view, A)
+    link(view, B)
+    assert len(of(Disconnect, end(view))) == 1
+    assert (view.is_live(A), view.learns(A), view.live_learners()) == (False, False, [B])
+    assert view.some_learners(1) == [B]
+    assert sent(beat(view, 2), A) == []
+    assert sent(view.heartbeat()) == [Heartbeat(0, True)], "B's alone"
+    say(view, A, Heartbeat(3, True), 3)
+    assert view.live_learners() == [B], "what it still says does not bring it back"
+    assert view.step(3, Rejected(A, Reason.MALFORMED, "junk")) == [Penalise(A, Reason.MALFORMED, "junk")]
+
+
+@pytest.mark.parametrize("end", ENDINGS.values(), ids=ENDINGS)
+def test_a_link_that_was_ending_is_told_as_lost_when_it_is(end: Callable[[View], list[Output]]) -> None:
+    view = make_view()
+    link(view, A)
+    end(view)
+    assert of(PeerDown, view.step(4, LinkDown(A, Reason.LINK))) == [PeerDown(A, Reason.LINK)]
+    link(view, A, 5)
+    assert view.is_live(A), "and a new one is as good as any"
+    assert view.learns(A)
+    assert sent(beat(view, 6), A) == [Heartbeat(0, True)]
+
+
+def test_closing_tells_the_peer_why_in_one_line() -> None:
+    view = make_view()
+    link(view, A)
+    assert view.close(A, Reason.TOO_LARGE, "two\nlines") == [
+        Send(A, Refuse(Reason.TOO_LARGE, "two lines")),
+        Disconnect(A, Reason.TOO_LARGE),
+    ]
+
+
+def test_some_learners_are_drawn_and_all_where_there_are_no_more() -> None:
+    view = make_view()
+    for peer in (A, B, C):
+        link(view, peer)
+    say(view, C, Heartbeat(1, False))
+    assert view.some_learners(0) == view.some_learners(2) == view.some_learners(9) == [A, B]
+    drawn = [tuple(view.some_learners(1)) for _ in range(50)]
+    assert set(drawn) == {(A,), (B,)}
+    assert make_view().some_learners(1) == []
+
+
 # --- dialling and back-off ------------------------------------------------------------------------------
 def waits(view: View, reason: Reason, num: int) -> list[float]:
     """The wait after each of `num` failed dials, taken from the timer and waited in full."""
@@ -623,6 +680,30 @@ def test_the_peer_that_failed_most_is_forgotten_first() -> None:
     known = {row.peer for row in view.status()}
     assert "p5" not in known
     assert A in known
+
+
+def test_a_peer_that_is_being_dialled_is_not_forgotten() -> None:
+    """The answer to the dial would find nobody; and it would be dialled a second time at once."""
+    view = make_view(max_known=8, target_degree=2)
+    dialling = dialled(start(view, peers=[f"p{number}" for number in range(8)]))
+    assert len(dialling) == 2
+    link(view, A)
+    for number in range(100):
+        say(view, A, Peers((PeerRecord(f"q{number}", (address(f"q{number}"),)),)))
+    states = {row.addresses[0]: row.state for row in view.status() if row.state == "dialling"}
+    assert sorted(states) == sorted(dialling)
+    assert len(view.status()) <= 8
+
+
+def test_even_the_one_that_failed_most_stays_while_it_is_dialled_again() -> None:
+    view = make_view(max_known=8, target_degree=8)
+    start(view, peers=[f"p{number}" for number in range(8)])
+    timer = redial(view.step(0, DialFailed(address("p5"), Reason.TIMEOUT)))
+    assert address("p5") in dialled(view.step(60, TimerFired(timer.timer)))
+    link(view, A, 60)
+    assert "p5" in {row.peer for row in view.status()}
+    assert A not in {row.peer for row in view.status() if row.addresses}, "all eight are being dialled"
+    assert view.is_live(A), "which is no reason against a link"
 
 
 def test_where_nobody_can_be_forgotten_nobody_new_is_learnt() -> None:

@@ -46,7 +46,9 @@ LONG: dict[str, Any] = {"dry_run": True, "gossip": {"rounds": 400}}
 
 
 @pytest.fixture(autouse=True)
-def as_before() -> Iterator[None]:
+def as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    # A run begins with a collection, which takes longer than most of these runs.
+    monkeypatch.setattr("gc.collect", lambda: 0)
     threads = torch.get_num_threads()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
@@ -159,11 +161,16 @@ def test_a_run_that_leaves_nothing_is_the_same_run(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_without_a_report_the_outcome_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     def cannot(folder: Path) -> Path:
         raise ConfigError("report", "cannot be drawn")
 
     monkeypatch.setattr("sim.running._write_report", cannot)
+
+
+@pytest.mark.usefixtures("no_report")
+def test_without_a_report_the_outcome_says_why(tmp_path: Path) -> None:
     outcome = run_scenario(scenario(), tmp_path, tmp_path / "out", make_computer=Fake().make)
     assert (outcome.report, outcome.no_report) == (None, "report: cannot be drawn")
     assert read_run(tmp_path / "out").result["finished"] == 4
@@ -270,6 +277,7 @@ def test_a_folder_that_cannot_be_written_closes_the_computer(tmp_path: Path) -> 
     assert fake.closed == 1
 
 
+@pytest.mark.usefixtures("no_report")
 def test_an_earlier_run_is_only_replaced_on_demand(tmp_path: Path) -> None:
     out = tmp_path / "out"
     first = run_scenario(scenario(dry_run=True, seed=1), tmp_path, out)

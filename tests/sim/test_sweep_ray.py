@@ -83,6 +83,7 @@ def test_a_cluster_that_does_not_answer_is_named(tmp_path: Path) -> None:
 def cluster() -> Iterator[None]:
     ray = pytest.importorskip("ray")
     ray.init(
+        address="local",
         num_cpus=2,
         include_dashboard=False,
         log_to_driver=False,
