@@ -267,6 +267,8 @@ class View(Machine):
     def _close_silent(self, now: float) -> list[Output]:
         out: list[Output] = []
         for peer, link in self._links.items():
+            if link.closing:
+                continue
             if link.hello is None and now - link.since > self._settings.greeting_s:
                 out += [Penalise(peer, Reason.GREETING, "no hello"), Disconnect(peer, Reason.GREETING)]
             elif now - link.heard_at > self._settings.dead_after_s:

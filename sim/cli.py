@@ -6,6 +6,7 @@ only lists or shows.
 
 import json
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -48,7 +49,7 @@ class _RunByDefault(TyperGroup):
 sim_app = typer.Typer(
     cls=_RunByDefault,
     help="Many real node cores in one process and virtual time. `covey sim SCENARIO` runs one; `covey sim --list` "
-    "says which there are.",
+    "says which there are; the options are in `covey sim run --help`.",
 )
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
@@ -206,6 +207,8 @@ def _print_outcome(outcome: "Outcome", folder: Path | None) -> None:
     if result.partial:
         _out.print("[bold yellow]Interrupted: this is what there was by then.[/bold yellow]")
     table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     rows: dict[str, str] = {}
     if result.accuracy_mean is not None:
         low, high = result.accuracy_min, result.accuracy_max
@@ -220,6 +223,8 @@ def _print_outcome(outcome: "Outcome", folder: Path | None) -> None:
         rows["refused"] = ", ".join(f"{reason} {count:,}" for reason, count in result.refused.items())
     if result.failed_work:
         rows["failed work"] = f"{result.failed_work:,}"
+    if result.timeline_left:
+        rows["timeline"] = f"{result.timeline_left} lines come after the end: nobody was left to finish"
     rows["time"] = f"{result.virtual_s:,.1f} s virtual, {timing['wall_s']:,.2f} s here"
     rows["engine"] = _engine_line(timing["engine"])
     rows["trace"] = result.trace_hash
@@ -328,6 +333,7 @@ def sweep(
     def resolve(cell: Cell) -> str:
         chosen, base = scenario_files.load(cell.scenario, [*cell.settings, f"seed={cell.seed}"])
         scenario_files.validate(chosen, base)
+        scenario_files.validate_rule(chosen)
         return scenario_files.to_toml(chosen)
 
     def tell(step: Step) -> None:
@@ -336,6 +342,8 @@ def sweep(
                 f"{step.num_done}/{step.num_cells} {step.how}: {step.cell.folder.name}", highlight=False
             )
 
+    # As Ctrl-C: the cells are processes of their own, and must not stay behind.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     run_cells: RunCells
     if ray is None:
         run_cells = LocalProcesses(jobs or os.cpu_count() or 1)

@@ -4,6 +4,7 @@ Belongs here: reading the task, dealing its data, and all that a world must know
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,10 +16,12 @@ from msgspec import Struct
 from protocols.errors import ConfigError
 from protocols.vocabulary import PeerId
 from sim.graph import Graph, Learning, Surrogate
-from sim.orders import Computer, Here
+from sim.orders import Answers, Computer, Here, Program
 from sim.scenarios import Scenario, rule_specs
 
 if TYPE_CHECKING:
+    from node.partition import Indices
+    from node.tasks import Task
     from sim.engine import LocalEngine
 
 ROUNDS_PUT_OFF = 2
@@ -78,12 +81,22 @@ def make_engine(scenario: Scenario, base: Path) -> tuple["LocalEngine", Facts]:
 
     Raises ConfigError where task, data, rule or device cannot be used.
     """
+    from sim.engine import LocalEngine
+
+    task, parts, facts = _read(scenario, base)
+    names = [peer_name(index) for index in range(scenario.nodes)]
+    rule = rule_specs(scenario.rule)
+    engine = LocalEngine(task, parts, scenario.training, rule, scenario.seed, scenario.compute, names)
+    return engine, facts
+
+
+def _read(scenario: Scenario, base: Path) -> tuple["Task", list["Indices"], Facts]:
+    """The whole task, each node's training samples, and what a world knows of them."""
     from aggregation.rules import build
     from node.settings import Partition
     from node.task_loading import make_task
     from node.tasks import initial_params, partition_indices
     from node.weights import encode_params, schema_hash, schema_of
-    from sim.engine import LocalEngine
 
     try:
         build(rule_specs(scenario.rule))
@@ -100,24 +113,19 @@ def make_engine(scenario: Scenario, base: Path) -> tuple["LocalEngine", Facts]:
     )
     with _paths_of_a_scenario():
         task = make_task(data.task, data.options, base)
+        num_samples = len(task.train[1])
+        if scenario.nodes > num_samples and data.samples_per_node is None:
+            problem = f"{scenario.nodes} are more than the {num_samples} training samples to deal"
+            raise ConfigError("nodes", problem, [f"1 to {num_samples}", "more with data.samples_per_node"])
         parts = partition_indices(task, partition)
     params = initial_params(task, scenario.seed)
-    engine = LocalEngine(
-        task,
-        parts,
-        scenario.training,
-        rule_specs(scenario.rule),
-        scenario.seed,
-        scenario.compute,
-        names=[peer_name(index) for index in range(scenario.nodes)],
-    )
     facts = Facts(
         task_name=task.name,
         schema=schema_hash(task.name, schema_of(params)),
         model_bytes=len(encode_params(params)),
         num_samples=[len(part) for part in parts],
     )
-    return engine, facts
+    return task, parts, facts
 
 
 @contextmanager
@@ -135,6 +143,31 @@ def compute_here(scenario: Scenario, base: Path) -> tuple[Computer, Facts]:
     """A `MakeComputer`: in this process, by turns with the events."""
     engine, facts = make_engine(scenario, base)
     return Here(engine), facts
+
+
+class _Nothing:
+    """A `Computer` that answers with nothing measured."""
+
+    def __init__(self) -> None:
+        self._asked: list[Program] = []
+
+    def submit(self, program: Program) -> None:
+        self._asked.append(program)
+
+    def answers(self) -> Answers:
+        program = self._asked.pop(0)
+        return Answers([], [{} for _ in program.measures], [math.nan for _ in program.comparisons])
+
+    def describe(self) -> dict[str, object]:
+        return {"nothing": True}
+
+    def close(self) -> None:
+        pass
+
+
+def compute_nothing(scenario: Scenario, base: Path) -> tuple[Computer, Facts]:
+    """A `MakeComputer` for those who only want the trace, which no value has a part in."""
+    return _Nothing(), _read(scenario, base)[2]
 
 
 def plan_learning(

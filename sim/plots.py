@@ -777,7 +777,7 @@ def _draw_curves(axes: Any, points: Sequence[GridPoint]) -> None:
     for order, point in enumerate(points):
         length = min(len(curve) for curve in point.curves)
         curves = np.array([curve[:length] for curve in point.curves])
-        rounds = np.arange(1, length + 1)
+        rounds = np.array(point.rounds or range(length))[:length] + 1
         colour = LIGHT[SERIES[order % len(SERIES)]]
         dashes = ("-", "--", ":", "-.")[order // len(SERIES) % 4]
         if len(curves) > 1:
@@ -785,7 +785,7 @@ def _draw_curves(axes: Any, points: Sequence[GridPoint]) -> None:
                 rounds, curves.min(axis=0), curves.max(axis=0), color=colour, alpha=0.15, linewidth=0
             )
         axes.plot(rounds, curves.mean(axis=0), dashes, color=colour, label=point.name)
-        longest = max(longest, length)
+        longest = max(longest, int(rounds[-1]))
     axes.set_xlim(1, max(2, longest))
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("round")

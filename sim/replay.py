@@ -15,6 +15,7 @@ from msgspec import Struct
 from node.config import toml_value
 from protocols.errors import ConfigError
 from protocols.events import Event
+from sim.learning import compute_nothing
 from sim.results import Run, TraceBlock
 from sim.scenario_files import convert
 from sim.scenarios import Scenario
@@ -113,7 +114,14 @@ def _scenario(run: Run) -> Scenario:
 
 def _world(run: Run, observer: Observer, end_after: int, trace_events: bool = False) -> World:
     base = Path(run.result["base"]) if run.result and "base" in run.result else run.folder
-    return World(_scenario(run), base, observer=observer, end_after=end_after, trace_events=trace_events)
+    return World(
+        _scenario(run),
+        base,
+        observer=observer,
+        end_after=end_after,
+        trace_events=trace_events,
+        make_computer=compute_nothing,
+    )
 
 
 class _Marks(Observer):

@@ -93,7 +93,7 @@ class Overlay(Struct, frozen=True):
 
 class Result(Struct, frozen=True):
     """What a run gave; equal for equal scenarios, up to the rounding of accuracies. Accuracies are the task's first
-    metric, over the evaluated nodes."""
+    metric, over the evaluated nodes that are online or have finished at the end."""
 
     trace_hash: str
     partial: bool
@@ -102,7 +102,8 @@ class Result(Struct, frozen=True):
     accuracy_min: float | None
     accuracy_max: float | None
     accuracy_by_round: list[float]
-    """Mean over the nodes that evaluated after each round."""
+    """Mean over the nodes that evaluated after each of `evaluated_rounds`."""
+    evaluated_rounds: list[int]
     consensus_distance: float | None
     events: int
     node_rounds: int
@@ -117,6 +118,8 @@ class Result(Struct, frozen=True):
     alive: int
     finished: int
     """Nodes that did all their rounds."""
+    timeline_left: int
+    """Lines of the timeline that come after the end."""
 
 
 class Run(Struct, frozen=True):

@@ -131,6 +131,7 @@ def validate(scenario: Scenario, base: Path) -> None:
     _check_data(scenario, base)
     _check_owned(scenario)
     _check_devices(scenario)
+    _check_pace(scenario)
     _check_links(scenario, base)
     Nat(scenario.nat, (), random.Random(0), base)
     if not _DEVICE.fullmatch(scenario.compute.device):
@@ -195,6 +196,15 @@ def _check_devices(scenario: Scenario) -> None:
     total = sum(device.share for device in classes)
     if classes and abs(total - 1) > 1e-6:
         raise ConfigError("devices.classes", f"the shares add up to {total:g}", ["1"])
+
+
+def _check_pace(scenario: Scenario) -> None:
+    """Rounds have to take time, or the clock would stand still."""
+    devices, gossip = scenario.devices, scenario.gossip
+    if not (devices.train_s or devices.aggregate_s or devices.evaluate_s or gossip.pause_s or gossip.quorum):
+        raise ConfigError(
+            "devices.train_s", "a round would take no time", ["more than 0", "gossip.pause_s above 0"]
+        )
 
 
 def _check_links(scenario: Scenario, base: Path) -> None:

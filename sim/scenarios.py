@@ -91,7 +91,7 @@ class EvaluationSettings(Struct, frozen=True, forbid_unknown_fields=True):
     every: Annotated[int, Meta(ge=1)] = 1
     """Rounds."""
     sample_every_s: Annotated[float, Meta(gt=0)] = 1.0
-    """Virtual time between two rows of `samples.csv`. It doubles whenever there are more than 1,000 rows."""
+    """Virtual time between two rows of `samples.csv`. It doubles after every 500 rows."""
     consensus: bool = True
     """Measure how far the evaluated nodes' models are from each other."""
 
@@ -110,7 +110,7 @@ class ComputeSettings(Struct, frozen=True, forbid_unknown_fields=True):
     """Of torch, beside the one that handles events. More pay only where one step of a batch is large, and cost dearly
     where another program wants the cores too."""
     max_pending: Annotated[int, Meta(ge=1)] | None = None
-    """Orders held back before they are computed. Left out, four rounds of all nodes; fewer take less memory."""
+    """Orders held back before they are computed. Left out, two rounds of all nodes; fewer take less memory."""
 
 
 class Scenario(Struct, frozen=True, forbid_unknown_fields=True):

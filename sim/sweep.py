@@ -207,7 +207,7 @@ def command(cell: Cell) -> list[str]:
     """What runs a cell."""
     chosen = [word for setting in cell.settings for word in ("--set", setting)]
     return [
-        *(sys.executable, "-m", "node", "sim", cell.scenario, *chosen),
+        *(sys.executable, "-P", "-m", "node", "sim", cell.scenario, *chosen),
         *("--seed", str(cell.seed), "--out", str(cell.folder), "--quiet"),
     ]
 
@@ -424,8 +424,10 @@ class GridPoint(Struct, frozen=True):
     num_seeds: int
     means: dict[str, Mean | None]
     """By the names in `AVERAGED`; None where a cell has no such number, as the accuracy of a dry run."""
+    rounds: list[int] = field(default_factory=list)
+    """Evaluated ones, counted from 0."""
     curves: list[list[float]] = field(default_factory=list)
-    """Accuracy by round, one a seed."""
+    """Accuracy after each of `rounds`, one a seed."""
 
 
 def read_table(sweep: Sweep, failed: Sequence[Failure] = ()) -> Table:
@@ -454,6 +456,7 @@ def write_table(table: Table, out: Path) -> None:
                 **dict(zip(table.axes, row.values, strict=True)),
                 "seed": row.seed,
                 **numbers,
+                "evaluated_rounds": row.result.get("evaluated_rounds", []),
                 "accuracy_by_round": row.result.get("accuracy_by_round", []),
                 "folder": row.folder,
             }
@@ -482,6 +485,7 @@ def summarise(table: Table) -> list[GridPoint]:
                 values=rows[0].values,
                 num_seeds=len(rows),
                 means={name: _mean([row.result.get(name) for row in rows]) for name in AVERAGED},
+                rounds=max((row.result.get("evaluated_rounds", []) for row in rows), key=len),
                 curves=[curve for row in rows if (curve := row.result.get("accuracy_by_round"))],
             )
         )

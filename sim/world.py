@@ -6,6 +6,7 @@ part of the result. Nothing here imports torch: what is learned is behind `sim/g
 
 import gc
 import hashlib
+import math
 import random
 import statistics
 import sys
@@ -134,6 +135,7 @@ class SimNode:
         "finished",
         "held",
         "index",
+        "last_accuracy",
         "num_models",
         "num_samples",
         "peer",
@@ -166,6 +168,9 @@ class SimNode:
         self.peers: dict[str, PeerRecord] = {}
         self.view = ViewSettings()
         self.accuracy: dict[int, float] = {}
+        """By round."""
+        self.last_accuracy: float | None = None
+        """After a lost disk this is not the highest round's."""
         self.finished = False
         self.settled = False
         self.changes = 0
@@ -231,18 +236,23 @@ class World:
         self._evaluate_s = scenario.devices.evaluate_s
         self.plan = plan_learning(scenario, self._base, self._work_failed, make_computer)
         self._learning = self.plan.learning
-        peers = [peer_name(index) for index in range(scenario.nodes)]
-        nat = Nat(scenario.nat, peers, self._rng("nat"), self._base) if scenario.nat.classes else None
-        self._network = SimNetwork(self.clock, scenario.links, self._rng("links"), nat, self._base)
-        self._prepare()
+        try:
+            self._prepare()
+        except BaseException:
+            self.plan.close()
+            raise
 
     def run(self, progress: Callable[["World"], None] = lambda world: None) -> Result:
         """Until every node is done or gone for good, virtual time is up, or `stop` is called."""
+        self._tells_records = type(self.observer).record is not Observer.record
         with _fewer_collections():
             while self.clock.run(self.scenario.at_most_s, ACTIONS_PER_TELLING):
                 progress(self)
         if self._checkers is not None and not self._stopped:
             self._checkers.finish(self.clock.now())
+        if self._lines_ahead and not self._stopped:
+            text = f"{self._lines_ahead} lines of the timeline come after the end"
+            self._learning.later(partial(self.observer.note, NoteRow(self.clock.now(), text)))
         return self.result()
 
     def stop(self) -> None:
@@ -256,6 +266,9 @@ class World:
 
     def _prepare(self) -> None:
         scenario = self.scenario
+        peers = [peer_name(index) for index in range(scenario.nodes)]
+        nat = Nat(scenario.nat, peers, self._rng("nat"), self._base) if scenario.nat.classes else None
+        self._network = SimNetwork(self.clock, scenario.links, self._rng("links"), nat, self._base)
         self.nodes = [SimNode(index, samples) for index, samples in enumerate(self.plan.facts.num_samples)]
         self._deal_devices()
         self._lay_links()
@@ -269,6 +282,8 @@ class World:
         self._lines_ahead = len(lines)
         for line in lines:
             self.clock.at(line.at_s, self._befall, line)
+        for node in self.nodes:
+            self._settle(node)
         self.clock.after(0.0, self._sample)
 
     def _choose_measured(self) -> None:
@@ -337,9 +352,14 @@ class World:
     # --- coming and going -------------------------------------------------------------------------------
     def _scheduled(self, event: ChurnEvent) -> None:
         node = self.nodes[event.node]
+        self._changed(node, event.change)
+
+    def _changed(self, node: SimNode, change: Change) -> None:
+        """A change that was ahead of the node has come."""
         node.changes -= 1
-        self._change(node, event.change)
+        self._change(node, change)
         self._settle(node)
+        self._end_if_settled()
 
     def _befall(self, line: TimelineEvent) -> None:
         """One line of the timeline."""
@@ -359,11 +379,17 @@ class World:
                 self._network.scale_bandwidth(line.value)
             case _:
                 change = CHANGES[line.action]
-                able = [node.index for node in self.nodes if _can(node, change)]
+                able = [
+                    node.index
+                    for node in self.nodes
+                    # A silent node is only switched off and on where it is named.
+                    if _can(node, change) and (line.nodes or not (node.silent and change is Change.RESTART))
+                ]
                 for index in timeline.choose(line, able, self._timeline_rng):
                     self._change(self.nodes[index], change)
         for node in self.nodes:
             self._settle(node)
+        self._end_if_settled()
 
     def _change(self, node: SimNode, change: Change) -> None:
         """Where it makes no sense any more, as a crash of a node that another cause took down, nothing happens."""
@@ -397,7 +423,8 @@ class World:
 
     def _start(self, node: SimNode) -> None:
         if node.port is not None:  # its goodbyes are still on their way
-            self.clock.after(HALT_S, self._change, node, Change.RESTART)
+            node.changes += 1
+            self.clock.after(HALT_S, self._changed, node, Change.RESTART)
             return
         node.epoch += 1
         node.finished = False  # with what it has lost it may have rounds to do again
@@ -432,7 +459,7 @@ class World:
     def _halt(self, node: SimNode) -> None:
         """A graceful end: what was sent still goes out."""
         self._end(node)
-        self.clock.after(HALT_S, self._unplug, node)
+        self.clock.after(HALT_S, self._halted, node)
 
     def _end(self, node: SimNode, wiped: bool = False) -> None:
         node.epoch += 1
@@ -442,6 +469,10 @@ class World:
         if self._checkers is not None:
             self._checkers.gone(node.index, wiped)
         self._settle(node)
+
+    def _halted(self, node: SimNode) -> None:
+        self._unplug(node)
+        self._end_if_settled()
 
     def _unplug(self, node: SimNode) -> None:
         if node.port is not None:
@@ -455,6 +486,9 @@ class World:
         settled = node.finished or away
         self._num_unsettled -= settled - node.settled
         node.settled = settled
+
+    def _end_if_settled(self) -> None:
+        """Asked once whatever happened at this moment is complete: a node may be down in the middle of its restart."""
         if not self._num_unsettled:
             self.clock.stopped = True
 
@@ -561,6 +595,7 @@ class World:
         elif isinstance(record, LearningDone):
             node.finished = True
             self._settle(node)
+            self._end_if_settled()
         elif isinstance(record, Trouble):
             self._learning.later(
                 partial(self.observer.note, NoteRow(now, f"{record.what}: {record.detail}", node.index))
@@ -570,7 +605,9 @@ class World:
 
     def _measured_round(self, at_s: float, node: SimNode, record: RoundDone) -> None:
         if record.metrics:
-            node.accuracy[record.round] = next(iter(record.metrics.values()))
+            node.accuracy[record.round] = node.last_accuracy = next(iter(record.metrics.values()))
+        elif not self.scenario.dry_run:
+            self.failed_work += 1
         self.observer.round(
             RoundRow(
                 at_s=at_s,
@@ -619,8 +656,9 @@ class World:
             self._learning.later(partial(self._measured_consensus, now, len(models), found))
 
     def _measured_consensus(self, at_s: float, num_models: int, found: Metrics) -> None:
-        self._consensus = found["distance"]
-        self.observer.consensus(ConsensusRow(at_s, num_models, found["distance"]))
+        if not math.isnan(found["distance"]):
+            self._consensus = found["distance"]
+            self.observer.consensus(ConsensusRow(at_s, num_models, found["distance"]))
 
     # --- the trace --------------------------------------------------------------------------------------
     def _trace(self, now: float, index: int, event: Event) -> None:
@@ -660,7 +698,12 @@ class World:
         return statistics.fmean(last) if last else None
 
     def _last_accuracies(self) -> list[float]:
-        return [node.accuracy[max(node.accuracy)] for node in self.nodes if node.accuracy]
+        """Of those that are here or done: a node that vanished amid its rounds says nothing of the network's end."""
+        return [
+            node.last_accuracy
+            for node in self.nodes
+            if node.last_accuracy is not None and (node.online or node.finished)
+        ]
 
     # --- the end ----------------------------------------------------------------------------------------
     def overlay(self) -> Overlay:
@@ -695,6 +738,7 @@ class World:
             accuracy_min=min(last, default=None),
             accuracy_max=max(last, default=None),
             accuracy_by_round=[statistics.fmean(by_round[round_]) for round_ in sorted(by_round)],
+            evaluated_rounds=sorted(by_round),
             consensus_distance=self._consensus,
             events=self.events,
             node_rounds=self.node_rounds,
@@ -707,6 +751,7 @@ class World:
             nodes=len(self.nodes),
             alive=self.num_online,
             finished=self.num_finished,
+            timeline_left=self._lines_ahead,
         )
 
 

@@ -98,7 +98,12 @@ def test_the_commands_are_the_ones_the_readme_promises() -> None:
         ("config", "show"),
         ("doctor",),
         ("demo",),
-        ("sim",),
+        ("sim", "run"),
+        ("sim", "show"),
+        ("sim", "swarm"),
+        ("sweep",),
+        ("replay",),
+        ("diff",),
     }
 
 

@@ -466,7 +466,7 @@ def test_models_of_one_seed_are_made_once(monkeypatch: pytest.MonkeyPatch) -> No
 def test_nothing_ordered_is_nothing_done() -> None:
     made = make_engine(TASKS["mlp"][0])
     assert (made.train([]), made.merge([]), made.measure([])) == ([], [], [])
-    assert "train" not in made.describe()
+    assert "measure" not in made.describe(), "nothing was measured for it"
     made.close()
 
 
@@ -474,8 +474,8 @@ def test_nothing_ordered_is_nothing_done() -> None:
 def test_auto_measures_once_and_tells() -> None:
     task = TASKS["mlp"][0]
     task = Task("measured once", task.model, task.train, task.test)
-    made, again = make_engine(task), make_engine(task)
     before = len(calibration._compared)
+    made, again = make_engine(task), make_engine(task)
     for one in (made, again):
         one.train([Train(0, 0, 0, 0)])
         shown = one.describe()["train"]

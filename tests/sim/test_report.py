@@ -131,6 +131,7 @@ def make_run(
             accuracy_min=None if dry else min(values[-nodes:]),
             accuracy_max=None if dry else max(values[-nodes:]),
             accuracy_by_round=[],
+            evaluated_rounds=[],
             consensus_distance=None if dry else 0.4,
             events=40 * total_rounds,
             node_rounds=total_rounds,
@@ -143,6 +144,7 @@ def make_run(
             nodes=nodes,
             alive=len(alive_now),
             finished=nodes // 5,
+            timeline_left=0,
         ),
         {
             "wall_s": 3.21,

@@ -39,6 +39,7 @@ def result(partial: bool = False) -> Result:
         accuracy_min=0.25,
         accuracy_max=0.75,
         accuracy_by_round=[0.1, 0.5],
+        evaluated_rounds=[0, 4],
         consensus_distance=None,
         events=1000,
         node_rounds=10,
@@ -51,6 +52,7 @@ def result(partial: bool = False) -> Result:
         nodes=2,
         alive=1,
         finished=1,
+        timeline_left=0,
     )
 
 

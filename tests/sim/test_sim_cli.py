@@ -284,7 +284,7 @@ def test_work_goes_to_another_process_where_there_is_a_core_for_it(monkeypatch: 
         (["tiny.toml", "--task", "mnist"], "data.task", "digits"),
         (["tiny.toml", "--task", "no.py:make"], "data.task", "no.py"),
         (["tiny.toml", "--set", "data.options.depth=3"], "data.options.depth", "hidden"),
-        (["tiny.toml", "--set", "data.partitioner=shard", "--nodes", "2000"], "data", ""),
+        (["tiny.toml", "--set", "data.partitioner=shard", "--nodes", "2000"], "nodes", "samples_per_node"),
         (["tiny.toml", "--device", "abacus"], "compute.device", "cpu"),
     ],
 )

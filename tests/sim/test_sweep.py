@@ -185,7 +185,18 @@ def test_the_cells_are_the_product_with_the_seeds_innermost(tmp_path: Path) -> N
 def test_the_command_is_one_that_anybody_can_repeat(tmp_path: Path) -> None:
     cell = sweep_in(tmp_path).cells()[0]
     assert command(cell) == [
-        *(sys.executable, "-m", "node", "sim", "non-iid", "--set", "rule=mean", "--set", "data.alpha=0.1"),
+        *(
+            sys.executable,
+            "-P",
+            "-m",
+            "node",
+            "sim",
+            "non-iid",
+            "--set",
+            "rule=mean",
+            "--set",
+            "data.alpha=0.1",
+        ),
         *("--seed", "0", "--out", str(cell.folder), "--quiet"),
     ]
 

@@ -33,7 +33,7 @@ def stand_in() -> Callable[[Cell], list[str]]:
     program = STAND_IN
 
     def make_command(cell: Cell) -> list[str]:
-        return [sys.executable, "-S", "-c", program, *command(cell)[4:]]
+        return [sys.executable, "-S", "-c", program, *command(cell)[5:]]
 
     return make_command
 

@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import networkx as nx
@@ -172,7 +173,11 @@ def test_a_dry_run_and_a_real_one_of_the_same_models_size_are_one_trace() -> Non
     _, dry = run(nodes=6, churn=CHURN, dry_run=True, data={"model_bytes": size})
     assert (dry.accuracy_mean, dry.accuracy_by_round, dry.consensus_distance) == (None, [], None)
     # A dry run knows no sample counts, which are in the references.
-    assert (dry.events, dry.messages_sent, dry.node_rounds) == (real.events, real.messages_sent, real.node_rounds)
+    assert (dry.events, dry.messages_sent, dry.node_rounds) == (
+        real.events,
+        real.messages_sent,
+        real.node_rounds,
+    )
 
 
 def test_the_marks_of_the_trace_lead_to_its_hash() -> None:
@@ -431,9 +436,7 @@ def test_a_partition_parts_and_heals() -> None:
         "gossip": {"deadline_s": 1.0},
         "links": {"dial_timeout_s": 2.0, "fetch_timeout_s": 2.0},
     }
-    _, result, told = run_told(
-        **tables, timeline=["at 4 s: partition nodes 0-2|nodes 3-5", "at 14 s: heal"]
-    )
+    _, result, told = run_told(**tables, timeline=["at 4 s: partition nodes 0-2|nodes 3-5", "at 14 s: heal"])
     links = {round(row.at_s): row.links for row in told.samples}
     assert (links[3], links[13]) == (15, 6)
     assert max(links.values()) == 15
@@ -475,3 +478,83 @@ def test_a_lossy_network_still_finishes() -> None:
     world, result = run(links={"loss": 0.2}, rounds=10)
     assert result.finished == 4
     check_memory(world)
+
+
+# --- the end of a run -----------------------------------------------------------------------------------
+QUIET_VIEW = {"heartbeat_s": 0.5, "dead_after_s": 2.0, "redial_base_s": 0.5, "redial_max_s": 2.0}
+
+
+def test_a_node_that_is_back_before_its_goodbye_is_over_is_waited_for() -> None:
+    _, result = run(dry_run=True, rounds=30, timeline=["at 5 s: leave all", "at 5.5 s: restart all"])
+    assert (result.finished, result.alive) == (4, 4)
+    assert result.virtual_s > 10
+
+
+def test_switching_the_last_silent_node_off_and_on_does_not_end_the_run() -> None:
+    _, result = run(
+        dry_run=True,
+        rounds=40,
+        view=QUIET_VIEW,
+        gossip={"deadline_s": 1.0},
+        timeline=["at 2 s: silence nodes 3", "at 120 s: restart nodes 3"],
+    )
+    assert result.finished == 4
+    assert result.virtual_s > 121
+
+
+def test_a_node_that_never_comes_is_not_waited_for(tmp_path: Path) -> None:
+    (tmp_path / "trace.csv").write_text("node,online_from_s,online_to_s\n0,0,\n1,0,\n2,0,\n")
+    tables = {"churn": {"model": "trace", "trace_path": str(tmp_path / "trace.csv")}, "dry_run": True}
+    _, result = run(**tables, gossip={"deadline_s": 1.0})
+    assert (result.finished, result.alive) == (3, 3)
+    assert result.virtual_s < 60
+
+
+def test_the_last_accuracy_is_the_newest_and_not_the_highest_rounds() -> None:
+    _, result, told = run_told(
+        rounds=60,
+        at_most_s=13.0,
+        churn={"join_within_s": 0.0},
+        timeline=["at 10 s: wipe all", "at 10.1 s: restart all"],
+    )
+    last = {row.node: row for row in told.rounds}
+    assert result.accuracy_mean == pytest.approx(
+        sum(row.metrics["accuracy"] for row in last.values()) / len(last)
+    )
+    assert max(row.round for row in last.values()) < max(result.evaluated_rounds)
+
+
+def test_nodes_that_vanished_say_nothing_of_the_end() -> None:
+    world, result, _ = run_told(rounds=20, timeline=["at 1 s: crash nodes 0,1"])
+    left = [world.nodes[index].last_accuracy for index in (2, 3)]
+    assert [result.accuracy_min, result.accuracy_max] == sorted(left)  # type: ignore[type-var]
+
+
+def test_a_share_of_restarts_is_of_those_that_are_down() -> None:
+    world, _ = run(
+        dry_run=True,
+        at_most_s=8.0,
+        rounds=100,
+        timeline=["at 2 s: silence nodes 0", "at 3 s: crash nodes 1", "at 4 s: restart all"],
+    )
+    assert [node.silent for node in world.nodes] == [True, False, False, False]
+    assert [node.epoch for node in world.nodes] == [1, 3, 1, 1], "one crash and one start"
+
+
+def test_lines_that_come_too_late_are_told() -> None:
+    _, result, told = run_told(rounds=3, timeline=["at 1000 s: crash 30 %", "at 1001 s: heal"])
+    assert result.timeline_left == 2
+    assert told.notes[-1].text == "2 lines of the timeline come after the end"
+
+
+def test_metrics_that_fail_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "odd.py").write_text(
+        "import torch\nfrom node.tasks import Task, mlp\n"
+        "def bad(outputs, targets):\n    raise ValueError('no')\n"
+        "def make_task():\n"
+        "    data = torch.zeros(40, 2), torch.zeros(40).long()\n"
+        "    return Task('odd', lambda: mlp(2, [], 2), data, data, metrics=bad)\n"
+    )
+    _, result = run(rounds=2, data={"task": f"{tmp_path / 'odd.py'}:make_task", "options": {}})
+    assert result.failed_work == 8
+    assert result.accuracy_mean is None
