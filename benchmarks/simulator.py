@@ -161,7 +161,7 @@ def measure_large(repeat: int, threads: int | None, name: str, key: str, nodes: 
 
     reference = f"{HERE.with_name('simulator_tasks.py')}:{name}"
     task = make_task(reference, {}, HERE.parent)
-    steps, batch, rounds = 10, 8, 3
+    steps, batch, rounds = 5, 8, 8
     compute = {"compute": {"threads": threads}} if threads else {}
 
     def ours() -> float:

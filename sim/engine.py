@@ -49,6 +49,13 @@ TRIAL = TrainingSettings(local_steps=1, learning_rate=1.0)
 """One step from which the gradient itself is read: a longer round would magnify rounding."""
 
 
+_ALL_THREADS = torch.get_num_threads()
+LARGE_US = 500.0
+"""Of a model's round, from which more threads are tried: its events take some 100."""
+WORTH_IT = 1.2
+"""How many times faster all threads have to be."""
+
+
 class LocalEngine:
     """An `Engine` for one task.
 
@@ -69,7 +76,7 @@ class LocalEngine:
         names: Sequence[str],
     ) -> None:
         assert len(parts) == len(names)
-        torch.set_num_threads(compute.threads)
+        torch.set_num_threads(compute.threads or 1)
         self._device = _find_device(compute.device)
         self._task = replace(task, train=self._moved(task.train), test=self._moved(task.test))
         self._names, self._training, self._seed, self._compute = names, training, seed, compute
@@ -88,7 +95,8 @@ class LocalEngine:
         self._batched_rule = build_batched(rule, slices) if is_plain_float and slices else None
         if compute.batching != "never":
             # Now, and not amid the run: the first batched step loads much of torch.
-            _ = self._train_choice
+            self._choose_threads()
+            _ = self._measure_choice
 
     # --- rows -------------------------------------------------------------------------------------------
     def reserve(self, num_rows: int) -> None:
@@ -129,7 +137,7 @@ class LocalEngine:
         return float((squares / len(rows)) ** 0.5)
 
     def describe(self) -> dict[str, object]:
-        """What is chosen so far: a kind of work that was not asked for yet is not measured yet."""
+        """What was chosen, and by which measured times."""
         choices: dict[str, object] = {}
         for kind in ("train", "measure"):
             choice: Choice | None = self.__dict__.get(f"_{kind}_choice")
@@ -388,6 +396,23 @@ class LocalEngine:
         return torch.cat([batched(views, chunk) for chunk in torch.split(inputs, EVALUATION_BATCH)], dim=1)
 
     # --- choosing ---------------------------------------------------------------------------------------
+    def _choose_threads(self) -> None:
+        """One, so that events have the other cores; all where one round of a model takes much longer than its events."""
+        alone = self._train_choice
+        if self._compute.threads is not None or _ALL_THREADS == 1 or self._round_us(alone) < LARGE_US:
+            return
+        del self._train_choice
+        torch.set_num_threads(_ALL_THREADS)
+        if self._round_us(self._train_choice) * WORTH_IT > self._round_us(alone):
+            torch.set_num_threads(1)
+            self._train_choice = alone
+
+    def _round_us(self, choice: Choice) -> float:
+        """One round of one model, as far as it was measured."""
+        measured = [us for us in (choice.plain_us, choice.batched_us) if us]
+        steps = self._training.local_steps
+        return min(measured, default=0.0) * steps / min(2, steps)
+
     @cached_property
     def _train_choice(self) -> Choice:
         settings = self._training

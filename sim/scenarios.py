@@ -106,9 +106,9 @@ class ComputeSettings(Struct, frozen=True, forbid_unknown_fields=True):
     """`cpu`, `cuda`, `cuda:1`; `auto` takes CUDA where there is one."""
     tile: Annotated[int, Meta(ge=1)] | None = None
     """Nodes in one call. Left out, what fits the cache."""
-    threads: Annotated[int, Meta(ge=1)] = 1
-    """Of torch, beside the one that handles events. More pay only where one step of a batch is large, and cost dearly
-    where another program wants the cores too."""
+    threads: Annotated[int, Meta(ge=1)] | None = None
+    """Of torch, beside the process that handles events. Left out, one, or all cores where a model is so large that they
+    prove faster; OMP_NUM_THREADS sets how many that are. Two cost dearly where another program wants the cores too."""
     max_pending: Annotated[int, Meta(ge=1)] | None = None
     """Orders held back before they are computed. Left out, two rounds of all nodes; fewer take less memory."""
 
