@@ -399,11 +399,12 @@ class LocalEngine:
     def _choose_threads(self) -> None:
         """One, so that events have the other cores; all where one round of a model takes much longer than its events."""
         alone = self._train_choice
-        if self._compute.threads is not None or _ALL_THREADS == 1 or self._round_us(alone) < LARGE_US:
+        alone_us = self._round_us(alone)
+        if self._compute.threads is not None or _ALL_THREADS == 1 or alone_us < LARGE_US:
             return
         del self._train_choice
         torch.set_num_threads(_ALL_THREADS)
-        if self._round_us(self._train_choice) * WORTH_IT > self._round_us(alone):
+        if self._round_us(self._train_choice) * WORTH_IT > alone_us:
             torch.set_num_threads(1)
             self._train_choice = alone
 

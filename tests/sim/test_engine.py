@@ -474,7 +474,7 @@ def test_auto_measures_once_and_tells() -> None:
     task = TASKS["mlp"][0]
     task = Task("measured once", task.model, task.train, task.test)
     before = len(calibration._compared)
-    made, again = make_engine(task), make_engine(task)
+    made, again = make_engine(task, threads=1), make_engine(task, threads=1)
     for one in (made, again):
         one.train([Train(0, 0, 0, 0)])
         shown = one.describe()["train"]
@@ -525,6 +525,23 @@ def test_a_batched_result_that_is_wrong_is_noticed(monkeypatch: pytest.MonkeyPat
 def test_a_device_that_is_not_there_is_refused(device: str) -> None:
     with pytest.raises(ConfigError, match=r"^compute.device: there is no .* \(allowed: auto, cpu"):
         make_engine(TASKS["mlp"][0], device=device)
+
+
+@pytest.mark.parametrize(("with_all_us", "threads"), [(500.0, 2), (900.0, 1)])
+def test_a_large_model_gets_all_threads_where_they_are_faster(
+    monkeypatch: pytest.MonkeyPatch, with_all_us: float, threads: int
+) -> None:
+    monkeypatch.setattr(engine, "_ALL_THREADS", 2)
+    monkeypatch.setattr(
+        LocalEngine, "_round_us", lambda *_: 1000.0 if torch.get_num_threads() == 1 else with_all_us
+    )
+    assert make_engine(TASKS["mlp"][0]).describe()["threads"] == threads
+
+
+def test_a_small_model_gets_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "_ALL_THREADS", 2)
+    monkeypatch.setattr(LocalEngine, "_round_us", lambda *_: 499.0 / torch.get_num_threads() ** 2)
+    assert make_engine(TASKS["mlp"][0]).describe()["threads"] == 1
 
 
 def test_threads_are_set_when_given() -> None:
