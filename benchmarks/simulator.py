@@ -138,6 +138,16 @@ def measure_digits(repeat: int, threads: int | None) -> dict[str, Any]:
     def vmapped() -> float:
         return 1000 * 10 / bare_vmap(task, 1000, 10, STEPS, BATCH, None)
 
+    def vmapped_alone() -> float:
+        import torch
+
+        before = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return vmapped()
+        finally:
+            torch.set_num_threads(before)
+
     def looped() -> float:
         return 100 * 5 / bare_loop(task, 100, 5, STEPS, BATCH)
 
@@ -145,13 +155,17 @@ def measure_digits(repeat: int, threads: int | None) -> dict[str, Any]:
     vmapped()
     for nodes in NODE_COUNTS[:-1]:
         rates[str(nodes)] = round(statistics.median(ours(nodes) for _ in range(repeat)), 1)
-    medians = in_turns(repeat, ours=lambda: ours(1000), vmapped=vmapped, looped=looped)
+    medians = in_turns(
+        repeat, ours=lambda: ours(1000), vmapped=vmapped, vmapped_alone=vmapped_alone, looped=looped
+    )
     rates["1000"] = round(medians["ours"], 1)
     return {
         "node_rounds_per_s": rates,
         "bare_vmap_per_s": round(medians["vmapped"], 1),
+        "bare_vmap_one_thread_per_s": round(medians["vmapped_alone"], 1),
         "bare_loop_per_s": round(medians["looped"], 1),
         "ratio_to_bare_vmap": round(medians["ours"] / medians["vmapped"], 3),
+        "ratio_to_bare_vmap_one_thread": round(medians["ours"] / medians["vmapped_alone"], 3),
         "ratio_to_bare_loop": round(medians["ours"] / medians["looped"], 2),
     }
 

@@ -300,7 +300,7 @@ def test_a_question_cut_short_is_the_end() -> None:
         ({"data": {"task": "nowhere.py:make"}}, "data.task"),
         ({"data": {"options": {"hidden": [0]}}}, "data.options.hidden"),
         ({"data": {"task": "csv", "options": {"path": "nowhere.csv"}}}, "data.options.path"),
-        ({"data": {"partitioner": "shard"}, "nodes": 2000}, "data"),
+        ({"data": {"partitioner": "shard"}, "nodes": 2000}, "nodes"),
         ({"data": {"samples_per_node": 10_000}}, "data.samples_per_node"),
         ({"rule": "meen"}, "rule"),
     ],
