@@ -189,7 +189,7 @@ def _corrected(
     tensors = [
         tensor
         for tensor in layout
-        if variance._is_correctable(tensor.name, torch.empty(tensor.shape, device="meta"))
+        if variance.is_correctable(tensor.name, torch.empty(tensor.shape, device="meta"))
     ]
 
     def wanted(merges: Merges, shares: Tensor) -> Tensor:

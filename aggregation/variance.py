@@ -85,7 +85,7 @@ def corrected(
         limit = 1.5 * math.sqrt(max(1, merged.num_merged) + 1) if max_scale is None else max_scale
         params = {
             name: _stretched(tensor, wanted(variances[name], local.params[name]), limit)
-            if _is_correctable(name, tensor)
+            if is_correctable(name, tensor)
             else tensor
             for name, tensor in merged.params.items()
         }
@@ -94,7 +94,7 @@ def corrected(
     return stateless(function)
 
 
-def _is_correctable(name: str, tensor: Tensor) -> bool:
+def is_correctable(name: str, tensor: Tensor) -> bool:
     is_running = name.endswith(("running_mean", "running_var"))
     return tensor.is_floating_point() and tensor.ndim >= 2 and tensor.numel() > 0 and not is_running
 

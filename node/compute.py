@@ -6,8 +6,6 @@ Where models lie is behind `Models`; when the work happens is its caller's affai
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from torch import nn
-
 from aggregation.base import Contribution, Params
 from aggregation.rules import build, merge
 from node.settings import TrainingSettings
@@ -55,7 +53,6 @@ class Work:
     """Does one node's work, one order at a time.
 
     seed, node: the random streams of this node's batches derive from both and the round.
-    model: a module of the task to work in, for many nodes to share; its contents mean nothing.
     """
 
     def __init__(
@@ -66,10 +63,9 @@ class Work:
         models: Models,
         seed: int,
         node: str,
-        model: nn.Module | None = None,
     ) -> None:
         self._task = task
-        self._model = build_model(task) if model is None else model
+        self._model = build_model(task)
         self._settings = settings
         self._rule = build(rule)
         self._rule_state: Any = None

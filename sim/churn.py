@@ -7,7 +7,7 @@ Belongs here: every node's own sessions. What befalls many nodes at one moment i
 import math
 import random
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from enum import StrEnum
 from itertools import count, pairwise, takewhile
 from pathlib import Path
@@ -166,38 +166,6 @@ def read_trace(path: str | None, num_nodes: int, base: Path) -> list[list[Sessio
                 first, second = sorted((row, other), key=lambda row: row.line)
                 raise second.wrong(f"node {node} is online already, by line {first.line}")
     return [list(_joined((begin, end) for begin, end, _ in own)) for own in found]
-
-
-def check_schedule(events: Sequence[ChurnEvent], num_nodes: int) -> None:
-    """A node joins first; then it goes and restarts, or falls silent and wakes, by turns. A silent one may crash.
-
-    Raises:
-        ValueError: which event of which node is out of place.
-    """
-    last: dict[int, Change] = {}
-    for event in sorted(events):
-        if not 0 <= event.node < num_nodes:
-            raise ValueError(f"churn at {event.at_s} s: node {event.node} of {num_nodes}")
-        allowed = _NEXT[last.get(event.node)]
-        if event.change not in allowed:
-            raise ValueError(
-                f"churn at {event.at_s} s: node {event.node} cannot {event.change.value} now "
-                f"(allowed: {', '.join(change.value for change in allowed)})"
-            )
-        last[event.node] = event.change
-
-
-_GOING = (Change.CRASH, Change.WIPE, Change.LEAVE, Change.SILENCE)
-_NEXT: dict[Change | None, tuple[Change, ...]] = {
-    None: (Change.JOIN,),
-    Change.JOIN: _GOING,
-    Change.RESTART: _GOING,
-    Change.WAKE: _GOING,
-    Change.CRASH: (Change.RESTART,),
-    Change.WIPE: (Change.RESTART,),
-    Change.LEAVE: (Change.RESTART,),
-    Change.SILENCE: (Change.WAKE, Change.CRASH, Change.WIPE),
-}
 
 
 def _draw_exponential(mean_s: float, shape: float, rng: random.Random) -> float:

@@ -342,8 +342,6 @@ def sweep(
                 f"{step.num_done}/{step.num_cells} {step.how}: {step.cell.folder.name}", highlight=False
             )
 
-    # As Ctrl-C: the cells are processes of their own, and must not stay behind.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     run_cells: RunCells
     if ray is None:
         run_cells = LocalProcesses(jobs or os.cpu_count() or 1)
@@ -351,7 +349,8 @@ def sweep(
         from sim.sweep_ray import run_cells_on_ray
 
         run_cells = partial(run_cells_on_ray, address=None if ray == "local" else ray)
-    table = run_sweep(plan, resolve, run_cells, tell)
+    with _sigterm_as_interrupt():
+        table = run_sweep(plan, resolve, run_cells, tell)
     problem = ""
     try:
         write_sweep_report(table, folder / "report.html")
@@ -366,6 +365,16 @@ def sweep(
         typer.echo(f"\n{failure.cell}\n{failure.why}", err=True)
     if table.failed:
         raise typer.Exit(EXIT_FAILED)
+
+
+@contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """A sweep's cells are processes of their own, and must not stay behind when it is ended."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 # --- having it again ------------------------------------------------------------------------------------

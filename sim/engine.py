@@ -47,8 +47,8 @@ T = TypeVar("T")
 
 TRIAL = TrainingSettings(local_steps=1, learning_rate=1.0)
 """One step from which the gradient itself is read: a longer round would magnify rounding."""
-
-
+TIMED_STEPS = 2
+"""Of a round, when batched and plain are timed."""
 _ALL_THREADS = torch.get_num_threads()
 LARGE_US = 500.0
 """Of a model's round, from which more threads are tried: its events take some 100."""
@@ -349,18 +349,16 @@ class LocalEngine:
         """Where measuring raises the answer is {}."""
         found: list[dict[str, float]] = []
         for tile in _tiles(orders, self._measure_choice.tile) if orders else ():
-            measured = None
-            if self._measure_choice.batches(len(tile)):
-                try:
-                    measured = self._measure_tile(
-                        self._rows.gather(self._index([order.row for order in tile]))
-                    )
-                except (
-                    Exception
-                ):  # a user's model or metrics may raise anything; one by one it is clear on whose
-                    measured = None
+            measured = self._measure_together(tile) if self._measure_choice.batches(len(tile)) else None
             found += [self._measure_one(order.row) for order in tile] if measured is None else measured
         return found
+
+    def _measure_together(self, orders: Sequence[Measure]) -> list[dict[str, float]] | None:
+        """None where it raised: one by one it is clear on whose model."""
+        try:
+            return self._measure_tile(self._rows.gather(self._index([order.row for order in orders])))
+        except Exception:  # a user's model or metrics may raise anything
+            return None
 
     def _measure_one(self, row: int) -> dict[str, float]:
         try:
@@ -412,7 +410,7 @@ class LocalEngine:
         """One round of one model, as far as it was measured."""
         measured = [us for us in (choice.plain_us, choice.batched_us) if us]
         steps = self._training.local_steps
-        return min(measured, default=0.0) * steps / min(2, steps)
+        return min(measured, default=0.0) * steps / min(TIMED_STEPS, steps)
 
     @cached_property
     def _train_choice(self) -> Choice:
@@ -442,7 +440,7 @@ class LocalEngine:
                 for name, tensor in params.items()
             )
 
-        short = msgspec.structs.replace(settings, local_steps=min(2, settings.local_steps))
+        short = msgspec.structs.replace(settings, local_steps=min(TIMED_STEPS, settings.local_steps))
         return self._choose(
             ("train", batch, short),
             tile,

@@ -17,6 +17,7 @@ from protocols.errors import ConfigError
 from protocols.vocabulary import PeerId
 from sim.graph import Graph, Learning, Surrogate
 from sim.orders import Answers, Computer, Here, Program
+from sim.scenario_files import validate_rule
 from sim.scenarios import Scenario, rule_specs
 
 if TYPE_CHECKING:
@@ -92,16 +93,12 @@ def make_engine(scenario: Scenario, base: Path) -> tuple["LocalEngine", Facts]:
 
 def _read(scenario: Scenario, base: Path) -> tuple["Task", list["Indices"], Facts]:
     """The whole task, each node's training samples, and what a world knows of them."""
-    from aggregation.rules import build
     from node.settings import Partition
     from node.task_loading import make_task
     from node.tasks import initial_params, partition_indices
     from node.weights import encode_params, schema_hash, schema_of
 
-    try:
-        build(rule_specs(scenario.rule))
-    except ValueError as error:
-        raise ConfigError("rule", str(error)) from error
+    validate_rule(scenario)
     data = scenario.data
     partition = Partition(
         count=scenario.nodes,

@@ -13,6 +13,7 @@ from msgspec import Meta, Struct
 
 from protocols.errors import ConfigError
 from protocols.vocabulary import PeerId
+from sim.dealing import deal
 
 HEADER = "natA;natB;ms"
 
@@ -53,14 +54,11 @@ class Nat:
         self, settings: NatSettings, peers: Sequence[PeerId], rng: random.Random, base: Path = Path()
     ) -> None:
         self._reachable = _reachable(settings, base)
-        names = [
-            kind.name
-            for kind, count in zip(settings.classes, _counts(settings, len(peers)), strict=True)
-            for _ in range(count)
-        ]
-        rng.shuffle(names)
-        # Without classes there are no names, and every node's is empty.
-        self._class_of = dict(zip(peers, names, strict=True)) if settings.classes else {}
+        self._class_of: dict[PeerId, str] = {}
+        if settings.classes:
+            kinds = deal([kind.share for kind in settings.classes], len(peers), rng)
+            names = (settings.classes[kind].name for kind in kinds)
+            self._class_of = dict(zip(peers, names, strict=True))
 
     def class_of(self, peer: PeerId) -> str:
         """Its class's name; empty where there are no classes, or no such node."""
@@ -119,13 +117,3 @@ def _from_table(path: Path, names: Sequence[str]) -> frozenset[tuple[str | None,
                 f"nat.classes[{index}].name", f"'{name}' is not in {path}", sorted(known, key=int)
             )
     return frozenset(reachable)
-
-
-def _counts(settings: NatSettings, num_nodes: int) -> list[int]:
-    """Nodes per class: the whole part of each share, and the rest to those that were cut most."""
-    exact = [kind.share * num_nodes for kind in settings.classes]
-    counts = [int(wanted) for wanted in exact]
-    most_cut = sorted(range(len(exact)), key=lambda index: counts[index] - exact[index])
-    for index in most_cut[: num_nodes - sum(counts)]:
-        counts[index] += 1
-    return counts

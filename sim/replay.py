@@ -17,7 +17,7 @@ from protocols.errors import ConfigError
 from protocols.events import Event
 from sim.learning import compute_nothing
 from sim.results import Run, TraceBlock
-from sim.scenario_files import convert
+from sim.scenario_files import convert, flat
 from sim.scenarios import Scenario
 from sim.world import Observer, World
 
@@ -66,8 +66,7 @@ def replay(run: Run, progress: Callable[[World], None] = lambda world: None) -> 
     expected, events = _ended(run)
     marks = _Marks()
     # One event more than there were would show a run that goes on where the first one stopped by itself.
-    partial = bool(run.result and run.result.get("partial"))
-    world = _world(run, marks, end_after=events if partial else events + 1)
+    world = _world(run, marks, end_after=events if run.partial else events + 1)
     with closing(world.plan):
         result = world.run(progress)
     same = result.trace_hash == expected and result.events == events
@@ -113,7 +112,7 @@ def _scenario(run: Run) -> Scenario:
 
 
 def _world(run: Run, observer: Observer, end_after: int, trace_events: bool = False) -> World:
-    base = Path(run.result["base"]) if run.result and "base" in run.result else run.folder
+    base = Path(run.result.get("base", run.folder))
     return World(
         _scenario(run),
         base,
@@ -166,7 +165,7 @@ def _last_shared(a: Sequence[TraceBlock], b: Sequence[TraceBlock]) -> int:
 
 
 def _changed(a: Scenario, b: Scenario) -> list[str]:
-    first, second = dict(_flat(msgspec.to_builtins(a))), dict(_flat(msgspec.to_builtins(b)))
+    first, second = dict(flat(msgspec.to_builtins(a))), dict(flat(msgspec.to_builtins(b)))
     return [
         f"{path}: {_shown(first.get(path))} -> {_shown(second.get(path))}"
         for path in sorted({**first, **second})
@@ -176,13 +175,3 @@ def _changed(a: Scenario, b: Scenario) -> list[str]:
 
 def _shown(value: Any) -> str:
     return "unset" if value is None else toml_value(value)
-
-
-def _flat(tables: dict[str, Any], above: str = "") -> list[tuple[str, Any]]:
-    rows: list[tuple[str, Any]] = []
-    for name, value in tables.items():
-        if isinstance(value, dict) and value:
-            rows += _flat(value, f"{above}{name}.")
-        else:
-            rows.append((f"{above}{name}", value))
-    return rows

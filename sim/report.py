@@ -25,6 +25,7 @@ from sim.plots import (
     need_matplotlib,
 )
 from sim.results import Run
+from sim.scenario_files import flat
 from sim.scenarios import Scenario
 from sim.sweep import Table, measured, summarise, value_text
 
@@ -212,28 +213,20 @@ def _settings(run: Run) -> str:
 def _flat_rows(data: Any) -> list[tuple[str, str]]:
     if not isinstance(data, Mapping):
         return [("engine", _json(data))]
-    return [(path, value if isinstance(value, str) else _json(value)) for path, value in _flat(data)]
+    return [(path, value if isinstance(value, str) else _json(value)) for path, value in flat(data)]
 
 
 def _json(value: object) -> str:
     return "" if value is None else json.dumps(value, ensure_ascii=False)
 
 
-def _flat(tables: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tables.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{above}{name}.")
-        else:
-            yield f"{above}{name}", value
-
-
 def changed_settings(scenario: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """Path, value and default of every setting of a scenario that is not at its default; the name and summary left out."""
     plain = msgspec.json.decode(msgspec.json.encode(scenario))
-    defaults = dict(_flat(msgspec.json.decode(msgspec.json.encode(Scenario()))))
+    defaults = dict(flat(msgspec.json.decode(msgspec.json.encode(Scenario()))))
     return [
         (path, value, defaults.get(path))
-        for path, value in _flat(plain)
+        for path, value in flat(plain)
         if path not in ("name", "summary") and value != defaults.get(path)
     ]
 

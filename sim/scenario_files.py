@@ -287,7 +287,8 @@ def _override(tables: Tables, text: str) -> None:
     keys = path.strip().split(".")
     if not sign or not all(keys):
         raise ConfigError("--set", f"'{text}' is not field=value", ["links.loss=0.1"])
-    change: Any = _value(value.strip())
+    found = read_value(value.strip())
+    change: Any = value.strip() if found is None else found
     for key in reversed(keys):
         change = {key: change}
     tables.update(_merged(tables, change))
@@ -299,12 +300,22 @@ def _override(tables: Tables, text: str) -> None:
     field_docs.check_path(Scenario, path.strip())
 
 
-def _value(text: str) -> Any:
+def read_value(text: str) -> Any:
+    """The value that the text means in TOML, or None where it means none: then it is a bare word."""
     try:
-        found = tomllib.loads(f"value = {text}")
+        tables = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
-        return text
-    return found["value"] if len(found) == 1 else text
+        return None
+    return tables["value"] if len(tables) == 1 else None
+
+
+def flat(tables: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value with its path, as `links.loss`. An empty table has none."""
+    for name, value in tables.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{above}{name}.")
+        else:
+            yield f"{above}{name}", value
 
 
 def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> Tables:

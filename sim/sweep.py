@@ -30,6 +30,7 @@ from msgspec import Struct, field
 from node.config import toml_value
 from protocols.errors import ConfigError
 from sim.results import RESULT_FILE, SCENARIO_FILE, clear_run
+from sim.scenario_files import read_value
 
 MAX_NAME_CHARS = 80
 MAX_ERROR_LINES = 12
@@ -141,21 +142,14 @@ def parse_settings(pairs: Sequence[str]) -> tuple[tuple[str, ...], tuple[Axis, .
 
 
 def _split_values(text: str) -> tuple[Any, ...]:
-    whole = _toml(text)
+    whole = read_value(text)
     if isinstance(whole, list):
         return tuple(whole)
     if whole is not None:
         return (whole,)
-    return tuple(text.strip() if (value := _toml(text)) is None else value for text in _split_commas(text))
-
-
-def _toml(text: str) -> Any:
-    """The value that the text means in TOML, or None where it means none: then it is a bare word."""
-    try:
-        tables = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
-        return None
-    return tables["value"] if len(tables) == 1 else None
+    return tuple(
+        text.strip() if (value := read_value(text)) is None else value for text in _split_commas(text)
+    )
 
 
 def _split_commas(text: str) -> list[str]:
@@ -176,7 +170,7 @@ def _split_commas(text: str) -> list[str]:
 
 def value_text(value: Any) -> str:
     """A value as for `--set`: TOML, but a plain word without its quotes."""
-    if isinstance(value, str) and re.fullmatch(r"[A-Za-z_][\w.+:/-]*", value) and _toml(value) is None:
+    if isinstance(value, str) and re.fullmatch(r"[A-Za-z_][\w.+:/-]*", value) and read_value(value) is None:
         return value
     return toml_value(value)
 

@@ -10,8 +10,6 @@ from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import networkx as nx
-
 from protocols.errors import ConfigError
 from sim.csv_files import read_rows
 
@@ -103,13 +101,17 @@ def _regular(degree: int, nodes: int, rng: random.Random) -> list[Edge]:
         # What is left over is connected: two nodes that are not linked have a neighbour in common.
         missing = set(_in_order(_pairing(nodes - 1 - degree, nodes, rng).edges))
         return [edge for edge in combinations(range(nodes), 2) if edge not in missing]
-    while not nx.is_connected(graph := _pairing(degree, nodes, rng)):
+    from networkx import is_connected  # here: whoever only reads a scenario does not wait for it
+
+    while not is_connected(graph := _pairing(degree, nodes, rng)):
         pass
     return _in_order(graph.edges)
 
 
 def _pairing(degree: int, nodes: int, rng: random.Random) -> Any:
-    return nx.random_regular_graph(degree, nodes, seed=rng.getrandbits(32))
+    from networkx import random_regular_graph
+
+    return random_regular_graph(degree, nodes, seed=rng.getrandbits(32))
 
 
 def _cycle(order: Sequence[int]) -> list[Edge]:

@@ -215,7 +215,6 @@ class World:
         self.fetches = 0
         self.failed_work = 0
         self.observer = observer or Observer()
-        self._tells_records = type(self.observer).record is not Observer.record
         self._base = base or Path.cwd()
         self._checkers = checkers
         self._make_core = core

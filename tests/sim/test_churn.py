@@ -3,6 +3,7 @@
 import math
 import random
 from collections import Counter
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protocols.errors import ConfigError
-from sim.churn import Change, ChurnEvent, ChurnSettings, check_schedule, draw_schedule, read_trace
+from sim.churn import Change, ChurnEvent, ChurnSettings, draw_schedule, read_trace
 
 JOIN, CRASH, WIPE, LEAVE = Change.JOIN, Change.CRASH, Change.WIPE, Change.LEAVE
 RESTART, SILENCE, WAKE = Change.RESTART, Change.SILENCE, Change.WAKE
@@ -33,6 +34,39 @@ churn = st.builds(
     night_s=st.floats(0.1, 19),
     until_s=st.floats(1, 500),
 )
+
+
+# --- what a schedule may be -----------------------------------------------------------------------------
+_GOING = (Change.CRASH, Change.WIPE, Change.LEAVE, Change.SILENCE)
+_NEXT: dict[Change | None, tuple[Change, ...]] = {
+    None: (Change.JOIN,),
+    Change.JOIN: _GOING,
+    Change.RESTART: _GOING,
+    Change.WAKE: _GOING,
+    Change.CRASH: (Change.RESTART,),
+    Change.WIPE: (Change.RESTART,),
+    Change.LEAVE: (Change.RESTART,),
+    Change.SILENCE: (Change.WAKE, Change.CRASH, Change.WIPE),
+}
+
+
+def check_schedule(events: Sequence[ChurnEvent], num_nodes: int) -> None:
+    """A node joins first; then it goes and restarts, or falls silent and wakes, by turns. A silent one may crash.
+
+    Raises:
+        ValueError: which event of which node is out of place.
+    """
+    last: dict[int, Change] = {}
+    for event in sorted(events):
+        if not 0 <= event.node < num_nodes:
+            raise ValueError(f"churn at {event.at_s} s: node {event.node} of {num_nodes}")
+        allowed = _NEXT[last.get(event.node)]
+        if event.change not in allowed:
+            raise ValueError(
+                f"churn at {event.at_s} s: node {event.node} cannot {event.change.value} now "
+                f"(allowed: {', '.join(change.value for change in allowed)})"
+            )
+        last[event.node] = event.change
 
 
 def draw(num_nodes: int, seed: int = 1, **changes: Any) -> list[ChurnEvent]:
