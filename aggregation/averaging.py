@@ -5,13 +5,12 @@ back the variance that averaging takes away is `variance.py`'s.
 """
 
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from aggregation.base import Contribution, Rule, is_number, require, stateless
+from aggregation.base import Contribution, Part, Rule, is_number, require, stateless
 
 
 def mean(conservative: float = 0.5, staleness_half_life: float | None = None) -> Rule:
@@ -27,8 +26,8 @@ def mean(conservative: float = 0.5, staleness_half_life: float | None = None) ->
     num_batches_tracked, keep the local value. Where all models agree on a tensor, the local tensor itself is
     handed on.
 
-    Leaves one contribution, "merged", with the sum of the received weights (before they decay), the number of
-    received models, and `variances` (see `Contribution`). With nothing received it leaves the local model.
+    Leaves one contribution, "merged", with the sum of the received weights (before they decay), and the received
+    models as its `parts`. With nothing received it leaves the local model.
 
     Args:
         conservative: share of the local model, from 0 (the plain mean) to 1 (ignore the others). The more the
@@ -54,24 +53,19 @@ def mean(conservative: float = 0.5, staleness_half_life: float | None = None) ->
 
     def function(contributions: Sequence[Contribution], local: Contribution) -> list[Contribution]:
         if not contributions:
-            return [replace(local, variances=None, num_merged=0)]
-        steps = _steps(_shares(contributions, staleness_half_life))
+            return [Contribution(local.params, local.weight, local.staleness, local.source)]
+        shares = _shares(contributions, staleness_half_life)
+        steps = _steps(shares)
         params = {
             name: _mixed(own, [other.params[name] for other in contributions], steps, conservative)
             for name, own in local.params.items()
-        }
-        variances = {
-            name: _running_mean((_variance_of(other, name) for other in contributions), steps)
-            for name, own in local.params.items()
-            if own.is_floating_point() and own.ndim >= 2
         }
         return [
             Contribution(
                 params=params,
                 weight=min(sum(other.weight for other in contributions), sys.float_info.max),
                 source="merged",
-                variances=variances,
-                num_merged=sum(max(1, other.num_merged) for other in contributions),
+                parts=_parts(contributions, shares),
             )
         ]
 
@@ -110,12 +104,15 @@ def _steps(shares: Sequence[float]) -> list[float]:
     return steps
 
 
-def _running_mean(values: Iterable[float], steps: Sequence[float]) -> float:
-    first, *others = values
-    result = first
-    for value, step in zip(others, steps[1:], strict=True):
-        result += step * (value - result)
-    return result
+def _parts(contributions: Sequence[Contribution], shares: Sequence[float]) -> tuple[Part, ...]:
+    """The received models behind the mean: those behind a contribution that is a mean itself, in its place."""
+    largest = max(shares)
+    total = sum(share / largest for share in shares)
+    return tuple(
+        Part(share / largest / total * part.share, part.params)
+        for other, share in zip(contributions, shares, strict=True)
+        for part in other.parts or (Part(1.0, other.params),)
+    )
 
 
 @torch.no_grad()
@@ -128,10 +125,3 @@ def _mixed(own: Tensor, others: Sequence[Tensor], steps: Sequence[float], conser
     for other, step in zip(others[1:], steps[1:], strict=True):
         average.lerp_(other.double(), step)
     return average.lerp_(own.double(), conservative).to(own.dtype)
-
-
-def _variance_of(contribution: Contribution, name: str) -> float:
-    """The variance of the model, or for a mean of models, of those behind it."""
-    if contribution.variances is not None:
-        return contribution.variances[name]
-    return population_variance(contribution.params[name])

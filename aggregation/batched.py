@@ -123,7 +123,7 @@ def build_batched(
     """
     rules.build(specs)
     tables = [{"name": spec} if isinstance(spec, str) else spec for spec in specs]
-    if any(table["name"] not in BATCHED for table in tables):
+    if any(table["name"] not in BATCHED or table.get("target") == "median" for table in tables):
         return None
     return BatchedRule(
         tuple(

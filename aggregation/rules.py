@@ -26,6 +26,12 @@ class RuleEntry:
     reduces: leaves exactly one contribution however many come in. A rule that does not reduce may drop or
         change contributions, never make more of them.
     order_free: the order of the contributions does not matter, rounding apart.
+    common_start: whether the models have to come from one start: "yes", "no", or "alike": it does not change that
+        the others in the chain may need one.
+    time, memory: of one merge, beyond the models themselves: n received models, d parameters, f one forward pass of
+        the probe set through one model, C the widest hidden layer.
+    when: in which case to take it, in one sentence.
+    scale_free: a common factor on all models comes out as that factor.
     """
 
     factory: Callable[..., Rule]
@@ -33,6 +39,11 @@ class RuleEntry:
     source: str
     reduces: bool
     order_free: bool
+    common_start: str
+    time: str
+    memory: str
+    when: str
+    scale_free: bool = True
 
 
 RULES: dict[str, RuleEntry] = {
@@ -42,6 +53,10 @@ RULES: dict[str, RuleEntry] = {
         source="arXiv 2404.04616, conservative averaging",
         reduces=True,
         order_free=True,
+        common_start="yes",
+        time="n d",
+        memory="d",
+        when="The nodes began from one model, or something before it in the list has aligned them.",
     ),
     "variance.corrected": RuleEntry(
         factory=variance.corrected,
@@ -49,6 +64,10 @@ RULES: dict[str, RuleEntry] = {
         source="arXiv 2404.04616, variance-corrected averaging",
         reduces=True,
         order_free=True,
+        common_start="no",
+        time="(2 n + 3) d, behind a mean (n + 3) d",
+        memory="d",
+        when="The nodes began from different models and learn on together: it keeps signals alive until they agree.",
     ),
 }
 
@@ -83,7 +102,7 @@ def build(specs: Sequence[str | Mapping[str, Any]]) -> Rule:
         _check(contributions, local)
         return inner.update(contributions, state, local)
 
-    return Rule(init=inner.init, update=update)
+    return inner._replace(update=update)
 
 
 def merge(

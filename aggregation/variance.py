@@ -5,6 +5,7 @@ layer. Correction stretches each weight tensor around its own mean. It sets the 
 """
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -13,9 +14,9 @@ from torch import Tensor
 
 from aggregation import averaging
 from aggregation.averaging import population_variance
-from aggregation.base import Contribution, Rule, is_number, require, stateless
+from aggregation.base import Contribution, Part, Rule, is_number, require, stateless
 
-TARGETS = ("received", "own", "mixed")
+TARGETS = ("received", "median", "own", "mixed")
 
 TINY = 1e-12
 """A variance below this part of what it is compared with is rounding, not spread."""
@@ -40,16 +41,16 @@ def corrected(
     tensors without spread, whose wanted variance is nothing, or that would leave their dtype's range. What
     counts as nothing is relative, hence a common factor on all inputs comes out as that factor.
 
-    Given one contribution that is a mean already (`variances` is set), as after `mean` in a chain, it only
+    Given one contribution that is a mean already (it has `parts`), as after `mean` in a chain, it only
     corrects, and `conservative` serves the target "mixed" alone: give both rules the same value. Anything else
     is first averaged by `averaging.mean(conservative, staleness_half_life)`. Leaves one contribution.
 
     Args:
         conservative: share of the local model, from 0 to 1.
         target: the wanted variance. "received": the weighted mean of the received models' variances, the
-            paper's rule (FOLLOW_OTHERS). "own": the local model's (FOLLOW_SELF), which no peer can influence.
-            "mixed": conservative * own + (1 - conservative) * received (FOLLOW_CONSERVATIVE). The median
-            of the received variances, robust to one liar, is not offered: a mean does not carry it.
+            paper's rule (FOLLOW_OTHERS). "median": their median without weights, which one liar among three
+            does not move (ours). "own": the local model's (FOLLOW_SELF), which no peer can influence.
+            "mixed": conservative * own + (1 - conservative) * received (FOLLOW_CONSERVATIVE).
         max_scale: upper limit for the scale, at least 1. None: 1.5 * sqrt(N + 1) for N received models; the
             mean of N + 1 uncorrelated models needs sqrt(N + 1).
         staleness_half_life: as in `averaging.mean`.
@@ -68,23 +69,26 @@ def corrected(
     )
     average = averaging.mean(conservative, staleness_half_life)
 
-    def wanted(received_variance: float, own: Tensor) -> float:
-        if target == "received":
-            return received_variance
+    def wanted(name: str, parts: Sequence[Part], own: Tensor) -> float:
         if target == "own":
             return population_variance(own)
-        return conservative * population_variance(own) + (1 - conservative) * received_variance
+        variances = [population_variance(part.params[name]) for part in parts]
+        if target == "median":
+            return statistics.median(variances)
+        received = _mean_variance(variances, [part.share for part in parts])
+        if target == "received":
+            return received
+        return conservative * population_variance(own) + (1 - conservative) * received
 
     def function(contributions: Sequence[Contribution], local: Contribution) -> list[Contribution]:
-        if len(contributions) != 1 or contributions[0].variances is None:
+        if len(contributions) != 1 or not contributions[0].parts:
             contributions, _ = average.update(contributions, (), local)
         (merged,) = contributions
-        variances = merged.variances
-        if variances is None:
+        if not merged.parts:
             return [merged]
-        limit = 1.5 * math.sqrt(max(1, merged.num_merged) + 1) if max_scale is None else max_scale
+        limit = 1.5 * math.sqrt(len(merged.parts) + 1) if max_scale is None else max_scale
         params = {
-            name: _stretched(tensor, wanted(variances[name], local.params[name]), limit)
+            name: _stretched(tensor, wanted(name, merged.parts, local.params[name]), limit)
             if is_correctable(name, tensor)
             else tensor
             for name, tensor in merged.params.items()
@@ -97,6 +101,15 @@ def corrected(
 def is_correctable(name: str, tensor: Tensor) -> bool:
     is_running = name.endswith(("running_mean", "running_var"))
     return tensor.is_floating_point() and tensor.ndim >= 2 and tensor.numel() > 0 and not is_running
+
+
+def _mean_variance(variances: Sequence[float], shares: Sequence[float]) -> float:
+    """Weighted, as a running mean: equal variances give that variance, to the bit."""
+    result, total = variances[0], shares[0]
+    for variance, share in zip(variances[1:], shares[1:], strict=True):
+        total += share
+        result += share / total * (variance - result) if share else 0.0
+    return result
 
 
 @torch.no_grad()

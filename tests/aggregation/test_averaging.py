@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from aggregation.averaging import mean, population_variance
-from aggregation.base import Contribution, Rule
+from aggregation.base import Contribution, Part, Rule
 
 
 def one(tensor: Tensor, weight: float = 1.0, staleness: int = 0, name: str = "w") -> Contribution:
@@ -85,7 +85,7 @@ def test_with_nothing_received_the_local_model_is_left_as_it_is() -> None:
 
     assert result.params["w"] is local.params["w"]
     assert result == local
-    assert result.variances is None
+    assert result.parts == ()
 
 
 def test_counters_and_masks_keep_the_local_value() -> None:
@@ -158,55 +158,35 @@ def test_the_result_says_what_it_was_made_of() -> None:
 
     result = run(mean(staleness_half_life=1), received, one(torch.ones(2, 2), weight=100))
 
-    assert (result.weight, result.source, result.num_merged, result.staleness) == (6.5, "merged", 2, 0)
+    assert (result.weight, result.source, len(result.parts), result.staleness) == (6.5, "merged", 2, 0)
 
 
-def test_variances_are_the_weighted_mean_of_the_received_population_variances() -> None:
-    received = [
-        one(vector(2, 2, 0, 4).reshape(2, 2), weight=1),
-        one(vector(0, 4, 0, 4).reshape(2, 2), weight=2),
-    ]
+def test_the_parts_are_the_received_models_and_their_shares() -> None:
+    received = [one(vector(1.0), weight=1), one(vector(2.0), weight=3)]
 
-    result = run(mean(staleness_half_life=5), received, one(vector(9, 0, 0, 0).reshape(2, 2)))
+    result = run(mean(staleness_half_life=5), received, one(vector(9.0)))
 
-    # population variances 2 and 4, weights 1 and 2
-    assert result.variances == pytest.approx({"w": 10 / 3}, rel=1e-12)
+    assert [part.share for part in result.parts] == pytest.approx([0.25, 0.75])
+    assert [part.params for part in result.parts] == [other.params for other in received]
 
 
-def test_variances_decay_with_staleness_as_the_mean_does() -> None:
-    received = [
-        one(vector(2, 2, 0, 4).reshape(2, 2)),
-        one(vector(0, 4, 0, 4).reshape(2, 2), staleness=1),
-    ]
+def test_shares_decay_with_staleness_as_the_mean_does() -> None:
+    received = [one(vector(1.0)), one(vector(2.0), staleness=1)]
 
-    result = run(mean(staleness_half_life=1), received, one(torch.zeros(2, 2, dtype=torch.float64)))
+    result = run(mean(staleness_half_life=1), received, one(vector(0.0)))
 
-    assert result.variances == pytest.approx({"w": (2 + 0.5 * 4) / 1.5}, rel=1e-12)
-
-
-def test_only_floating_tensors_of_two_or_more_dimensions_have_variances() -> None:
-    params = {
-        "w": torch.zeros(2, 2),
-        "conv": torch.zeros(2, 2, 1, 1),
-        "none": torch.zeros(0, 3),
-        "bias": torch.zeros(2),
-        "t": torch.tensor(1.0),
-        "ids": torch.zeros(2, 2, dtype=torch.int64),
-    }
-
-    result = run(mean(), [Contribution(params)], Contribution(params))
-
-    assert result.variances == {"w": 0.0, "conv": 0.0, "none": 0.0}
+    assert [part.share for part in result.parts] == pytest.approx([2 / 3, 1 / 3])
 
 
 def test_a_received_mean_stands_for_the_models_behind_it() -> None:
-    partial = Contribution({"w": torch.zeros(2, 2)}, variances={"w": 6.0}, num_merged=3)
-    plain = one(vector(2, 2, 0, 4, dtype=torch.float32).reshape(2, 2))
+    behind = tuple(Part(share, one(vector(share)).params) for share in (0.25, 0.25, 0.5))
+    partial = Contribution({"w": vector(0.0)}, parts=behind)
+    plain = one(vector(8.0))
 
-    result = run(mean(), [partial, plain], one(torch.ones(2, 2)))
+    result = run(mean(), [partial, plain], one(vector(1.0)))
 
-    assert result.num_merged == 4
-    assert result.variances == pytest.approx({"w": 4.0})
+    assert [part.share for part in result.parts] == pytest.approx([0.125, 0.125, 0.25, 0.5])
+    assert [part.params["w"].item() for part in result.parts] == [0.25, 0.25, 0.5, 8.0]
 
 
 def test_parameters_that_require_gradients_give_a_result_that_does_not() -> None:

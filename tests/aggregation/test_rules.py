@@ -16,7 +16,15 @@ LOCAL = Contribution({"w": torch.zeros(2, 2), "b": torch.zeros(2)}, source="me")
 
 def passing_entry(factory: Any = lambda: chain()) -> RuleEntry:
     return RuleEntry(
-        factory=factory, summary="changes nothing", source="none", reduces=False, order_free=True
+        factory=factory,
+        summary="changes nothing",
+        source="none",
+        reduces=False,
+        order_free=True,
+        common_start="alike",
+        time="1",
+        memory="0",
+        when="Never.",
     )
 
 
@@ -75,7 +83,7 @@ def test_a_built_chain_does_what_its_links_do_one_after_the_other() -> None:
         ),
         (
             [{"name": "variance.corrected", "target": "all"}],
-            "rules[0] variance.corrected: target must be one of received, own, mixed, not 'all'",
+            "rules[0] variance.corrected: target must be one of received, median, own, mixed, not 'all'",
         ),
         ([], "rules: the list ends with no rule having left exactly one contribution; add one of: mean"),
         ("mean", "rules must be a list of names or tables, not 'mean'"),

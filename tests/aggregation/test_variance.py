@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from aggregation.averaging import mean, population_variance
-from aggregation.base import Contribution, Rule, chain
+from aggregation.base import Contribution, Part, Rule, chain
 from aggregation.variance import corrected
 
 
@@ -55,6 +55,14 @@ def test_each_target_gives_the_variance_it_names(target: str, wanted: float) -> 
     assert population_variance(result.params["w"]) == pytest.approx(wanted, rel=1e-12)
 
 
+def test_the_median_of_the_variances_is_not_moved_by_one_liar() -> None:
+    liar = one(matrix(1000, -1000, 0, 0), weight=1e6)
+
+    result = run(corrected(target="median"), [*RECEIVED, liar], OWN)
+
+    assert population_variance(result.params["w"]) == pytest.approx(2.0, rel=1e-12)
+
+
 def test_the_mixed_target_mixes_by_the_share_of_the_local_model() -> None:
     result = run(corrected(conservative=0.25, target="mixed"), RECEIVED, OWN)
 
@@ -77,7 +85,7 @@ def test_it_is_the_same_alone_and_behind_a_mean(target: str) -> None:
     chained = run(chain(mean(0.3), corrected(0.3, target)), received, local)
 
     assert torch.equal(alone.params["w"], chained.params["w"])
-    assert (alone.weight, alone.num_merged) == (chained.weight, chained.num_merged) == (4, 4)
+    assert (alone.weight, len(alone.parts)) == (chained.weight, len(chained.parts)) == (4, 4)
 
 
 def test_stale_contributions_fade_when_it_averages_itself() -> None:
@@ -89,7 +97,8 @@ def test_stale_contributions_fade_when_it_averages_itself() -> None:
 
 
 def test_a_single_mean_is_corrected_without_another_averaging() -> None:
-    merged = Contribution({"w": matrix(1, 1, 3, 3)}, variances={"w": 4.0}, num_merged=9)
+    behind = (Part(0.5, {"w": matrix(9, 9, 5, 5)}), Part(0.5, {"w": matrix(0, 0, 4, 4)}))
+    merged = Contribution({"w": matrix(1, 1, 3, 3)}, parts=behind)
 
     result = run(corrected(), [merged], OWN)
 
@@ -247,7 +256,8 @@ def test_the_scale_stops_at_its_limit(max_scale: float | None, scale: float) -> 
 
 
 def test_the_limit_counts_the_models_behind_a_mean() -> None:
-    merged = Contribution({"w": matrix(1, 1, -1, -1)}, variances={"w": 1e4}, num_merged=8)
+    behind = tuple(Part(1 / 8, {"w": matrix(100, 100, -100, -100)}) for _ in range(8))
+    merged = Contribution({"w": matrix(1, 1, -1, -1)}, parts=behind)
 
     assert run(corrected(), [merged], OWN).params["w"].max().item() == pytest.approx(4.5)
 
@@ -275,7 +285,7 @@ def test_variances_beyond_float64_leave_the_mean() -> None:
 
 @pytest.mark.parametrize("value", ["others", "", None, 1])
 def test_an_unknown_target_is_refused(value: str) -> None:
-    with pytest.raises(ValueError, match="target must be one of received, own, mixed"):
+    with pytest.raises(ValueError, match="target must be one of received, median, own, mixed"):
         corrected(target=value)
 
 
