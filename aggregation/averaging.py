@@ -66,6 +66,7 @@ def mean(conservative: float = 0.5, staleness_half_life: float | None = None) ->
                 weight=min(sum(other.weight for other in contributions), sys.float_info.max),
                 source="merged",
                 parts=_parts(contributions, shares),
+                own_share=conservative,
             )
         ]
 

@@ -40,6 +40,7 @@ class Contribution:
     staleness: rounds it lags behind the receiver, >= 0.
     parts: set once the contribution is itself a mean of others: the received models behind it, for the rules
         that correct a mean by what went into it. Empty for a model as it was received.
+    own_share: of a mean, how much of it is the receiver's own model; the parts share the rest.
     """
 
     params: Params
@@ -47,6 +48,7 @@ class Contribution:
     staleness: int = 0
     source: str = ""
     parts: tuple[Part, ...] = ()
+    own_share: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)

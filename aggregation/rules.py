@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from aggregation import averaging, variance
+from aggregation import alignment, averaging, importance, judging, momentum, statistics, variance, weighting
 from aggregation.base import Contribution, Params, Rule, State, chain, is_number
 
 
@@ -32,6 +32,7 @@ class RuleEntry:
         the probe set through one model, C the widest hidden layer.
     when: in which case to take it, in one sentence.
     scale_free: a common factor on all models comes out as that factor.
+    takes_one: works on one contribution, so that a rule that reduces has to stand before it.
     """
 
     factory: Callable[..., Rule]
@@ -44,6 +45,7 @@ class RuleEntry:
     memory: str
     when: str
     scale_free: bool = True
+    takes_one: bool = False
 
 
 RULES: dict[str, RuleEntry] = {
@@ -68,6 +70,183 @@ RULES: dict[str, RuleEntry] = {
         time="(2 n + 3) d, behind a mean (n + 3) d",
         memory="d",
         when="The nodes began from different models and learn on together: it keeps signals alive until they agree.",
+    ),
+    "align.activation": RuleEntry(
+        factory=alignment.by_activation,
+        summary="reorders each received model's units to do what the receiver's own do on probe data",
+        source="arXiv 2404.08079, DIMAT",
+        reduces=False,
+        order_free=True,
+        common_start="no",
+        time="(n + 1) f + n C^3 a layer",
+        memory="n d + activations of 256 samples",
+        when="The models grew up apart, and there is data on which all of them know something.",
+        scale_free=False,
+    ),
+    "align.weight": RuleEntry(
+        factory=alignment.by_weight,
+        summary="reorders each received model's units so that its weights lie nearest to the receiver's own",
+        source="arXiv 2209.04836, Git Re-Basin",
+        reduces=False,
+        order_free=True,
+        common_start="no",
+        time="n k (d C + C^3 a layer), k = 10 to 50 passes",
+        memory="n d",
+        when="The models grew up apart, and the receiver's data says nothing of what the others know.",
+        scale_free=False,
+    ),
+    "norm.reestimate": RuleEntry(
+        factory=statistics.norm_reestimate,
+        summary="re-estimates BatchNorm's statistics of a mean on the receiver's data",
+        source="arXiv 2404.08079, reset_bn",
+        reduces=False,
+        order_free=True,
+        common_start="alike",
+        time="f",
+        memory="d",
+        when="The network has BatchNorm: put it last.",
+        scale_free=False,
+        takes_one=True,
+    ),
+    "repair": RuleEntry(
+        factory=statistics.repair,
+        summary="rescales each unit of a mean so that it varies as much as in the models averaged",
+        source="arXiv 2211.08403, REPAIR",
+        reduces=False,
+        order_free=True,
+        common_start="no",
+        time="(n + 2) f",
+        memory="d + activations of the whole probe",
+        when="Models were aligned and averaged, and the network has no BatchNorm.",
+        scale_free=False,
+        takes_one=True,
+    ),
+    "fedavg": RuleEntry(
+        factory=weighting.fedavg,
+        summary="weighted mean of all models, the local one among them by its own weight",
+        source="arXiv 1602.05629, FederatedAveraging",
+        reduces=True,
+        order_free=True,
+        common_start="yes",
+        time="n d",
+        memory="d",
+        when="As mean, where the local model should count by its samples like any other.",
+    ),
+    "weight.staleness": RuleEntry(
+        factory=weighting.staleness,
+        summary="lowers the weights of models that lag behind",
+        source="arXiv 1903.03934, FedAsync's staleness functions",
+        reduces=False,
+        order_free=True,
+        common_start="alike",
+        time="n",
+        memory="0",
+        when="Nodes differ in speed, and old models hold the others back.",
+    ),
+    "weight.metric": RuleEntry(
+        factory=weighting.metric,
+        summary="raises the weights of models with a low loss on the receiver's validation samples",
+        source="arXiv 2504.18580, metrics-weighted averaging",
+        reduces=False,
+        order_free=True,
+        common_start="alike",
+        time="n f, f of the validation samples",
+        memory="d",
+        when="Models differ in quality, the receiver's validation samples are like everyone's data.",
+        scale_free=False,
+    ),
+    "weight.participation": RuleEntry(
+        factory=weighting.participation,
+        summary="raises the weights of sources that come seldom, by how seldom they came so far",
+        source="arXiv 2306.03401, FedAU",
+        reduces=False,
+        order_free=True,
+        common_start="alike",
+        time="n",
+        memory="four numbers for each of up to 1,024 sources",
+        when="Some nodes come rarely or at unknown odds, and their data should not be lost for it.",
+    ),
+    "weight.window": RuleEntry(
+        factory=weighting.window,
+        summary="multiplies weights by the merges since the source's last contribution",
+        source="arXiv 2206.10189, FedFix",
+        reduces=False,
+        order_free=True,
+        common_start="alike",
+        time="n",
+        memory="a number for each of up to 1,024 sources",
+        when="Merges happen at fixed times and every node comes in a steady rhythm of its own.",
+    ),
+    "fisher": RuleEntry(
+        factory=importance.fisher,
+        summary="mean of all models, each parameter weighed by its Fisher information on the receiver's samples",
+        source="arXiv 2111.09832, Fisher-weighted averaging",
+        reduces=True,
+        order_free=True,
+        common_start="yes",
+        time="(n + 1) forward and backward passes for each class, of up to `samples` training samples, and 3 n d",
+        memory="(n + 3) d, and 2^22 entries or one gradient",
+        when="Few classes and a small model, fine-tuned from one start on different data.",
+        scale_free=False,
+    ),
+    "soup.uniform": RuleEntry(
+        factory=judging.uniform_soup,
+        summary="plain mean of all models, the local one among them, without weights",
+        source="arXiv 2203.05482, uniform soup",
+        reduces=True,
+        order_free=True,
+        common_start="yes",
+        time="n d",
+        memory="d",
+        when="Models fine-tuned from one start, none of them bad.",
+    ),
+    "soup.greedy": RuleEntry(
+        factory=judging.greedy_soup,
+        summary="plain mean of the best model and those that do not make it worse on validation samples",
+        source="arXiv 2203.05482, greedy soup",
+        reduces=True,
+        order_free=True,
+        common_start="yes",
+        time="(2 n + 1) f + n^2 d / 2, f of the validation samples",
+        memory="2 d",
+        when="Some of the models may be bad or hostile, and there are validation samples to tell.",
+        scale_free=False,
+    ),
+    "accept": RuleEntry(
+        factory=judging.accept,
+        summary="keeps what was merged only if it is not worse than the local model on validation samples",
+        source="ours, after the greedy soup's condition",
+        reduces=True,
+        order_free=True,
+        common_start="alike",
+        time="2 f, f of the validation samples",
+        memory="d",
+        when="Last in the list, to be safe from bad merges. Not while models are still far apart.",
+        scale_free=False,
+    ),
+    "choose": RuleEntry(
+        factory=judging.choose,
+        summary="runs several lists of rules and keeps the result that is best on validation samples",
+        source="ours",
+        reduces=True,
+        order_free=True,
+        common_start="alike",
+        time="that of all its lists, n d for checks and f for each, f of the validation samples",
+        memory="that of all its lists, and d for each",
+        when="It is not known beforehand which rule suits, and merges are rare enough to try.",
+        scale_free=False,
+    ),
+    "momentum.outer": RuleEntry(
+        factory=momentum.outer,
+        summary="goes on from the merged model in the direction of the merges before",
+        source="arXiv 2311.08105, DiLoCo; arXiv 2306.16504, FedAvg-M",
+        reduces=False,
+        order_free=True,
+        common_start="alike",
+        time="4 d",
+        memory="4 d, half of it between merges",
+        when="Behind a mean with many local steps between merges, or with data that differ from node to node.",
+        takes_one=True,
     ),
 }
 
@@ -94,6 +273,7 @@ def build(specs: Sequence[str | Mapping[str, Any]]) -> Rule:
         raise ValueError(
             f"{last}: the list ends with no rule having left exactly one contribution; add one of: {reducing}"
         )
+    _check_order([entry for entry, _ in built])
     inner = chain(*(rule for _, rule in built))
 
     def update(
@@ -139,6 +319,15 @@ def _build_one(index: int, spec: str | Mapping[str, Any]) -> tuple[RuleEntry, Ru
         return entry, entry.factory(**arguments)
     except ValueError as problem:
         raise ValueError(f"{where}: {problem}") from problem
+
+
+def _check_order(entries: Sequence[RuleEntry]) -> None:
+    for index, entry in enumerate(entries):
+        if entry.takes_one and not any(before.reduces for before in entries[:index]):
+            reducing = ", ".join(name for name, each in RULES.items() if each.reduces)
+            raise ValueError(
+                f"rules[{index}]: it takes exactly one contribution; put one of these before it: {reducing}"
+            )
 
 
 def _split(index: int, spec: str | Mapping[str, Any]) -> tuple[object, dict[str, Any]]:

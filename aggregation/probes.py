@@ -1,0 +1,49 @@
+"""The inputs on which a receiver runs networks to compare or to correct them.
+
+Belongs here: choosing them, and small questions that several such rules ask.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from aggregation.base import Params, Receiver
+
+PROBES = ("own", "shared")
+CHUNK = 256
+"""Samples in one pass: a bound on memory, without influence on what is found beyond rounding."""
+
+
+def probe_of(receiver: Receiver, probe: str, samples: int) -> Tensor:
+    """At most `samples` inputs, evenly spaced, in whole chunks.
+
+    probe: "own", of the receiver's own training data, or "shared", of those that all nodes have.
+
+    Raises ValueError where the task has no shared ones, or there is no sample.
+    """
+    inputs = receiver.samples[0] if probe == "own" else receiver.probe
+    if inputs is None:
+        raise ValueError('probe is "shared", but the task has no shared probe inputs (Task.probe); use "own"')
+    wanted = min(samples, len(inputs))
+    if not wanted:
+        raise ValueError("there is no sample to run the networks on")
+    if wanted > CHUNK:
+        wanted -= wanted % CHUNK
+    return inputs[torch.arange(wanted) * len(inputs) // wanted]
+
+
+def batches(inputs: Tensor, size: int) -> Iterator[Tensor]:
+    """Whole batches only: a traced graph takes no others."""
+    for start in range(0, len(inputs) - size + 1, size):
+        yield inputs[start : start + size]
+
+
+def same(params: Params, others: Params) -> bool:
+    """Whether two models are one, to the bit."""
+    return all(torch.equal(tensor, others[name]) for name, tensor in params.items())
+
+
+def is_count(value: object, least: int = 1) -> bool:
+    """Whether it is a whole number of at least `least`."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
