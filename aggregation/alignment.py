@@ -373,8 +373,7 @@ def by_activation(probe: str = "own", samples: int = 512, reestimate: bool = Tru
     """Reorder each received model's units so that they do most nearly what the receiver's own do on probe data.
 
     Before the comparison BatchNorm's statistics are re-estimated on the probe, in copies; what is handed on keeps its
-    own. Afterwards put `norm.reestimate` or `repair` behind the mean. A model is left out of a contribution's `parts`
-    nowhere: align before averaging.
+    own. Put `norm.reestimate` or `repair` behind the mean that follows.
 
     Args:
         probe: "own": the receiver's training samples. "shared": inputs that all nodes have (`Task.probe`), better

@@ -1,16 +1,29 @@
 """The weighted mean of what was received, mixed with the receiver's own model.
 
-Belongs here: rules that average. What a contribution's weight should be is `weighting.py`'s matter; putting
-back the variance that averaging takes away is `variance.py`'s.
+Belongs here: rules that average, and how to go over large models in tiles. What a contribution's weight should be
+is `weighting.py`'s matter; putting back the variance that averaging takes away is `variance.py`'s.
+
+How it stays fast: a mean is bound by memory, so each entry is fetched once, in tiles that stay in the cache until
+the last model is done, and what is written goes where the result will be.
 """
 
+import itertools
+import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from aggregation.base import Contribution, Part, Rule, is_number, require, stateless
+from aggregation.base import Contribution, Params, Part, Rule, is_number, require, stateless
+
+TILE_ENTRIES = 2**17
+"""Entries of one tensor that are worked on together. Of 2**15 the calls cost more than the work; from 2**19 on what
+the last call wrote has left the cache."""
+
+ALIGNMENT_BYTES = 64
+"""Where torch would let a tensor begin: at a multiple of a cache line."""
 
 
 def mean(conservative: float = 0.5, staleness_half_life: float | None = None) -> Rule:
@@ -21,10 +34,11 @@ def mean(conservative: float = 0.5, staleness_half_life: float | None = None) ->
         out     = conservative * local + (1 - conservative) * avg
 
     Floating tensors of every shape are averaged, BatchNorm's running_mean and running_var among them
-    (re-estimate those on local data afterwards if they matter). Sums are taken in float64, one tensor at a time,
-    and rounded once to the tensor's own dtype. Integer and bool tensors, such as BatchNorm's
-    num_batches_tracked, keep the local value. Where all models agree on a tensor, the local tensor itself is
-    handed on.
+    (re-estimate those on local data afterwards if they matter). The average is taken in steps, model after model:
+    of float32 and float64 in the tensor's own precision, with one rounding a step, unless that overflows; else in
+    float64, rounded once. Integer and bool tensors, such as BatchNorm's num_batches_tracked, keep the local value.
+    An entry on which all models agree stays as it is, to the bit; where they agree on a whole tensor, the local
+    tensor itself is handed on.
 
     Leaves one contribution, "merged", with the sum of the received weights (before they decay), and the received
     models as its `parts`. With nothing received it leaves the local model.
@@ -55,14 +69,15 @@ def mean(conservative: float = 0.5, staleness_half_life: float | None = None) ->
         if not contributions:
             return [Contribution(local.params, local.weight, local.staleness, local.source)]
         shares = _shares(contributions, staleness_half_life)
-        steps = _steps(shares)
-        params = {
-            name: _mixed(own, [other.params[name] for other in contributions], steps, conservative)
-            for name, own in local.params.items()
-        }
+        steps = _steps([*((1 - conservative) * share for share in shares), conservative])
+        models = [*(other.params for other in contributions), local.params]
+        changing = {name: own for name, own in local.params.items() if _differ(name, own, contributions)}
+        averages = empty_like(changing)
+        for name, average in averages.items():
+            _average(average, [params[name] for params in models], steps)
         return [
             Contribution(
-                params=params,
+                params=local.params | averages,
                 weight=min(sum(other.weight for other in contributions), sys.float_info.max),
                 source="merged",
                 parts=_parts(contributions, shares),
@@ -73,23 +88,83 @@ def mean(conservative: float = 0.5, staleness_half_life: float | None = None) ->
     return stateless(function)
 
 
-def population_variance(tensor: Tensor) -> float:
-    """Variance over all entries of a floating tensor of any shape, divided by their number; 0 for no entries.
+@torch.no_grad()
+def moments(tensor: Tensor) -> tuple[float, float]:
+    """Mean and population variance over all entries of a floating tensor of any shape; zeros for no entries.
 
-    Taken in float64: the square of a large float32 weight leaves float32's range.
+    Taken in float64: the square of a large float32 weight leaves float32's range. Tile by tile around each tile's
+    own mean, so that nothing cancels out.
+
+    Source: Chan, Golub and LeVeque 1979, Updating formulae and a pairwise algorithm for computing sample variances.
     """
-    if tensor.numel() == 0:
-        return 0.0
-    return float(tensor.detach().double().var(correction=0))
+    count, centre, squares = 0, 0.0, 0.0
+    room = torch.empty(min(tensor.numel(), TILE_ENTRIES), dtype=torch.float64, device=tensor.device)
+    for (tile,) in tiles(tensor):
+        size = tile.numel()
+        wide = room[:size] if size <= len(room) else torch.empty_like(tile, dtype=torch.float64).view(-1)
+        wide.view(tile.shape).copy_(tile)
+        mean = float(wide.mean())
+        wide.sub_(mean)
+        away, count = mean - centre, count + size
+        centre += away * size / count
+        squares += float(torch.dot(wide, wide)) + away * away * (count - size) / count * size
+    return centre, squares / count if count else 0.0
+
+
+def population_variance(tensor: Tensor) -> float:
+    """The variance of `moments`."""
+    return moments(tensor)[1]
+
+
+def empty_like(params: Params) -> Params:
+    """New tensors with these names, shapes and dtypes, in row-major order and without defined contents.
+
+    They lie in one piece of memory, though none of them shows it. That piece is asked of numpy, which asks the
+    system for large pages: with small ones, the first touch of a model's worth of memory takes as long as a mean.
+    """
+    if any(tensor.device.type != "cpu" for tensor in params.values()):
+        return {name: torch.empty_like(tensor) for name, tensor in params.items()}
+    sizes = [tensor.numel() * tensor.element_size() for tensor in params.values()]
+    ends = list(itertools.accumulate(-(-size // ALIGNMENT_BYTES) * ALIGNMENT_BYTES for size in sizes))
+    block = np.empty(ends[-1] + ALIGNMENT_BYTES if ends else 0, dtype=np.uint8)
+    first = -block.ctypes.data % ALIGNMENT_BYTES
+    return {
+        name: torch.from_numpy(block[first + start :][:size]).view(tensor.dtype).view(tensor.shape)
+        for (name, tensor), start, size in zip(params.items(), [0, *ends], sizes, strict=False)
+    }
+
+
+def tiles(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Views of tensors of one shape that hold the same entries of each, at most TILE_ENTRIES where that can be.
+
+    Of tensors that all lie in one piece the tiles are vectors; of others they are rows of the first dimension.
+    """
+    entries = tensors[0].numel()
+    if entries <= TILE_ENTRIES:
+        yield tensors
+        return
+    lie_in_one_piece = all(tensor.is_contiguous() for tensor in tensors)
+    parts = [tensor.view(-1) if lie_in_one_piece else tensor for tensor in tensors]
+    length = max(1, TILE_ENTRIES * len(parts[0]) // entries)
+    yield from zip(*(part.split(length) for part in parts), strict=True)
+
+
+def _differ(name: str, own: Tensor, others: Sequence[Contribution]) -> bool:
+    """Whether there is something to average."""
+    return own.is_floating_point() and not all(torch.equal(other.params[name], own) for other in others)
 
 
 def _shares(contributions: Sequence[Contribution], half_life: float | None) -> list[float]:
-    """What each contribution counts, up to a common factor."""
-    if half_life is None:
-        return [other.weight for other in contributions]
+    """What each contribution counts; 1 in all."""
     # Only differences matter, and without the freshest as origin all shares could underflow to zero.
     freshest = min(other.staleness for other in contributions)
-    return [other.weight * 0.5 ** ((other.staleness - freshest) / half_life) for other in contributions]
+    shares = [
+        other.weight * (1.0 if half_life is None else 0.5 ** ((other.staleness - freshest) / half_life))
+        for other in contributions
+    ]
+    # By the largest first: the sum of large weights could overflow.
+    shares = [share / max(shares) for share in shares]
+    return [share / sum(shares) for share in shares]
 
 
 def _steps(shares: Sequence[float]) -> list[float]:
@@ -98,31 +173,31 @@ def _steps(shares: Sequence[float]) -> list[float]:
     A mean taken in such steps stays put, to the bit, as long as the values are equal; a sum of products
     would not.
     """
-    steps, total = [], 0.0
-    for share in (share / max(shares) for share in shares):
-        total += share
-        steps.append(share / total if share else 0.0)
-    return steps
+    totals = itertools.accumulate(shares)
+    return [share / total if share else 0.0 for share, total in zip(shares, totals, strict=True)]
 
 
 def _parts(contributions: Sequence[Contribution], shares: Sequence[float]) -> tuple[Part, ...]:
     """The received models behind the mean: those behind a contribution that is a mean itself, in its place."""
-    largest = max(shares)
-    total = sum(share / largest for share in shares)
     return tuple(
-        Part(share / largest / total * part.share, part.params)
+        Part(share * part.share, part.params)
         for other, share in zip(contributions, shares, strict=True)
         for part in other.parts or (Part(1.0, other.params),)
     )
 
 
 @torch.no_grad()
-def _mixed(own: Tensor, others: Sequence[Tensor], steps: Sequence[float], conservative: float) -> Tensor:
-    """One tensor of the result. `own` itself where there is nothing to average or nothing to change."""
-    if not own.is_floating_point() or all(torch.equal(other, own) for other in others):
-        return own
-    # `copy`: a float64 input would otherwise be the running mean itself, and be written into.
-    average = others[0].to(torch.float64, copy=True)
-    for other, step in zip(others[1:], steps[1:], strict=True):
-        average.lerp_(other.double(), step)
-    return average.lerp_(own.double(), conservative).to(own.dtype)
+def _average(out: Tensor, values: Sequence[Tensor], steps: Sequence[float]) -> None:
+    """Write the running mean of two or more tensors, moved by `steps` from value to value, into `out`."""
+    for tile, first, *rest in tiles(out, *values):
+        if tile.dtype in (torch.float32, torch.float64):
+            torch.lerp(first, rest[0], steps[1], out=tile)
+            for value, step in zip(rest[1:], steps[2:], strict=True):
+                tile.lerp_(value, step)
+            # The difference of two large values leaves float32's range, and then the sum shows it.
+            if math.isfinite(tile.sum()):
+                continue
+        wide = first.double()
+        for value, step in zip(rest, steps[1:], strict=True):
+            wide = wide.lerp(value.double(), step)
+        tile.copy_(wide)

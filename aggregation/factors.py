@@ -43,6 +43,7 @@ Dims = list[Dim]
 
 
 def root(axis: Factor) -> Factor:
+    """The factor that stands for it and all that are one with it."""
     while axis.same is not None:
         axis = axis.same
     return axis
@@ -58,6 +59,7 @@ def expand(dim: Dim) -> Dim:
 
 
 def size_of(dim: Dim) -> int:
+    """Units of a dimension."""
     return math.prod(axis.size for axis in dim)
 
 
@@ -110,6 +112,7 @@ def unify(a: Dim, b: Dim) -> None:
 
 
 def join(a: Factor, b: Factor) -> None:
+    """The two factors are one. What holds one holds both; where their parts do not fit, both are held."""
     unstack(root(a))
     unstack(root(b))
     a, b = root(a), root(b)
@@ -167,4 +170,5 @@ def cut(dim: Dim, points: Sequence[int]) -> list[Dim] | None:
 
 
 def innermost(axis: Factor) -> Factor:
+    """Of a product its last factor, whose units follow each other."""
     return expand([axis])[-1]

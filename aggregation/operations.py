@@ -425,6 +425,7 @@ def unknown(trace: Trace, node: fx.Node) -> Any:
 
 
 def nodes_in(arguments: Any) -> list[fx.Node]:
+    """Every node among the arguments of another, in order."""
     found: list[fx.Node] = []
     fx.node.map_arg(arguments, lambda node: found.append(node))
     return found
@@ -440,6 +441,7 @@ def all_dims(value: Any) -> list[Dim]:
 
 
 def held_like(value: Any, reason: str) -> Any:
+    """Dimensions of the shape of a value, or of several, all held."""
     if isinstance(value, Tensor):
         return [_fresh(int(size), reason) for size in value.shape]
     if isinstance(value, list | tuple):
@@ -605,6 +607,7 @@ HANDLERS: dict[str, Handler] = {
 
 
 def name_of(node: fx.Node) -> str:
+    """The operation's name, without its overload."""
     target = node.target
     if target is operator.getitem:
         return "getitem"

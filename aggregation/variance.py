@@ -99,6 +99,7 @@ def corrected(
 
 
 def is_correctable(name: str, tensor: Tensor) -> bool:
+    """Whether it is a weight tensor, whose spread is worth keeping."""
     is_running = name.endswith(("running_mean", "running_var"))
     return tensor.is_floating_point() and tensor.ndim >= 2 and tensor.numel() > 0 and not is_running
 
