@@ -129,6 +129,7 @@ def status(home: Home = _HOME, as_json: Json = False) -> None:
         ("network", data["network"]),
         ("task", f"{data['task']} ({data['learning']})"),
         ("round", f"{data['round']} ({data['phase']}), merged {data['merged']} models last"),
+        *(("merge", f"{name}: {_figure(value)}") for name, value in data["report"].items()),
         ("model", metrics or "not evaluated yet"),
         ("links", str(data["live_peers"])),
         ("traffic", f"{_bytes(data['bytes_sent'])} sent, {_bytes(data['bytes_received'])} received"),
@@ -224,6 +225,50 @@ def config_show(home: Home = _HOME, as_json: Json = False) -> None:
 
 
 @app.command()
+def rules(
+    name: Annotated[str | None, typer.Argument(help="One rule, in full.", show_default=False)] = None,
+    as_json: Json = False,
+) -> None:
+    """List the merge rules for `rule = [...]` in the config, or say all of one: its arguments and its source."""
+    from aggregation.rules import RULES
+    from node.rule_docs import describe
+
+    if name is not None and name not in RULES:
+        raise ConfigError("rule", f"no rule is called '{name}'", RULES)
+    if as_json:
+        _print_json(describe(name) if name else [describe(each) for each in RULES])
+    elif name:
+        _print_rule(describe(name))
+    else:
+        width = max(map(len, RULES))
+        for each, entry in RULES.items():
+            out.print(
+                f"[bold]{each:{width}}[/bold]  {escape(entry.summary)}", highlight=False, soft_wrap=True
+            )
+
+
+def _print_rule(data: dict[str, Any]) -> None:
+    rows = [
+        ("what", data["summary"]),
+        ("when", data["when"]),
+        ("leaves", data["leaves"]),
+        ("needs", ", ".join(data["needs"]) or "nothing but the models"),
+        ("common start", data["common_start"]),
+        ("costs", f"time {data['time']}; memory {data['memory']}"),
+        ("source", data["source"]),
+        ("in the config", _spec(data)),
+    ]
+    for label, text in rows:
+        out.print(f"[bold]{label:13}[/bold]  {escape(text)}", highlight=False, soft_wrap=True)
+    typer.echo("\n" + data["text"])
+
+
+def _spec(data: dict[str, Any]) -> str:
+    arguments = {key: value for key, value in data["arguments"].items() if value is not None}
+    return "rule = [..., " + toml_value({"name": data["name"], **arguments}) + ", ...]"
+
+
+@app.command()
 def doctor(home: Home = _HOME, as_json: Json = False) -> None:
     """Go through the steps of joining; say which one fails and what to do."""
     from node.doctor import examine
@@ -281,12 +326,13 @@ def _root(
 def _check_rule(config: Config) -> None:
     if not config.learns:
         return
-    from aggregation.rules import build
+    from node.merging import build_rules, rule_error
 
+    learning = config.learning
     try:
-        build(config.learning.rule)
+        build_rules(learning.rule, None if learning.final_merge == "none" else learning.final_rule)
     except ValueError as error:
-        raise ConfigError("learning.rule", str(error)) from error
+        raise rule_error(error) from error
 
 
 def _template(task: str, network: str, bootstrap: list[str], listen: str, protocol: str) -> str:
@@ -316,6 +362,10 @@ learning_rate = 0.1
 
 def _print_json(data: Any) -> None:
     typer.echo(json.dumps(data))
+
+
+def _figure(value: str | float) -> str:
+    return value if isinstance(value, str) else f"{value:.4g}"
 
 
 def _bytes(number: float) -> str:

@@ -3,18 +3,20 @@
 Where models lie is behind `Models`; when the work happens is its caller's affair.
 """
 
-from collections.abc import Sequence
 from typing import Any, Protocol
 
-from aggregation.base import Contribution, Params
-from aggregation.rules import build, merge
+import numpy as np
+
+from aggregation.base import Contribution, Local, Params
+from aggregation.rules import merge
+from node.merging import FINAL, Specs, build_rules, hold_out, judges, make_receiver, rehearse
 from node.settings import TrainingSettings
 from node.store import BlobStore
-from node.tasks import Task, build_model
+from node.tasks import Task, build_model, restricted
 from node.training import evaluate, train
 from node.weights import encode_params, load_params
 from protocols.events import Aggregate, Aggregated, Evaluate, Evaluated, Train, Trained, WorkFailed
-from protocols.vocabulary import ModelRef, one_line
+from protocols.vocabulary import MAX_SAMPLES, ModelRef, one_line
 
 WorkOrder = Train | Aggregate | Evaluate
 WorkResult = Trained | Aggregated | Evaluated | WorkFailed
@@ -53,25 +55,45 @@ class Work:
     """Does one node's work, one order at a time.
 
     seed, node: the random streams of this node's batches derive from both and the round.
+    final_rule: of the merge after the last round; None where there is none. judges_final: whether its result is judged
+        before it is kept.
+
+    Raises ValueError for rules that do not exist or fit.
     """
 
     def __init__(
         self,
         task: Task,
         settings: TrainingSettings,
-        rule: Sequence[str | dict[str, Any]],
+        rule: Specs,
         models: Models,
         seed: int,
         node: str,
+        final_rule: Specs | None = None,
+        judges_final: bool = False,
     ) -> None:
-        self._task = task
+        self._rules = build_rules(rule, final_rule, judges_final)
+        self._rule_states: dict[str, Any] = {}
+        everything = np.arange(len(task.train[0]))
+        own, held_out = (
+            hold_out(everything, settings.validation) if judges(self._rules) else (everything, None)
+        )
         self._model = build_model(task)
+        self._receiver = make_receiver(task, self._model, held_out, own)
+        self._task = task if held_out is None else restricted(task, own)
         self._settings = settings
-        self._rule = build(rule)
-        self._rule_state: Any = None
         self._models = models
         self._seed = seed
         self._node = node
+
+    def rehearse(self, params: Params) -> None:
+        """Raises ValueError where a merge of models like this one would fail for want of something."""
+        rehearse(self._rules, params, self._receiver)
+
+    @property
+    def num_samples(self) -> int:
+        """Samples that it trains on."""
+        return len(self._task.train[0])
 
     def perform(self, order: WorkOrder) -> WorkResult:
         """Do it. What goes wrong is an answer, not an exception: the core decides what follows."""
@@ -101,7 +123,7 @@ class Work:
 
     def _aggregate(self, order: Aggregate) -> Aggregated:
         own = self._models.load(order.own)
-        local = Contribution(own, weight=float(order.own.num_samples), source="own")
+        local = Local(own, weight=float(order.own.num_samples), source="own", receiver=self._receiver)
         contributions = [
             Contribution(
                 self._models.load(item.ref),
@@ -111,7 +133,13 @@ class Work:
             )
             for item in order.inputs
         ]
-        if self._rule_state is None:
-            self._rule_state = self._rule.init(own)
-        params, self._rule_state = merge(self._rule, contributions, self._rule_state, local)
-        return Aggregated(order.token, self._models.save(params, order.own.round, order.own.num_samples))
+        rule = self._rules[order.rule]
+        if order.rule not in self._rule_states:
+            self._rule_states[order.rule] = rule.init(own)
+        params, state = merge(rule, contributions, self._rule_states[order.rule], local)
+        self._rule_states[order.rule] = state
+        num_samples = order.own.num_samples
+        if order.rule == FINAL:  # a sum over all nodes, on its way to the next one
+            num_samples = min(MAX_SAMPLES, num_samples + sum(item.ref.num_samples for item in order.inputs))
+        ref = self._models.save(params, order.own.round, num_samples)
+        return Aggregated(order.token, ref, tuple(rule.report(state).items()))

@@ -43,7 +43,10 @@ class LearningConfig(GossipSettings, frozen=True, forbid_unknown_fields=True, kw
     protocol: Literal["gossip", "none"] = "gossip"
     """`none`: help others find each other, learn nothing."""
     rule: tuple[str | dict[str, Any], ...] = ("mean", "variance.corrected")
-    """The merge rules in order: a name, or a table with `name` and its arguments."""
+    """The merge rules in order: a name, or a table with `name` and its arguments; `covey rules` lists them."""
+    final_rule: tuple[str | dict[str, Any], ...] = ("fedavg",)
+    """The same for the final merge, which is a mean over all samples of all nodes. Where nodes began apart, put an
+    alignment before it."""
 
 
 class TaskConfig(Struct, frozen=True, forbid_unknown_fields=True):

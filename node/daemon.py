@@ -36,6 +36,7 @@ class Learner:
         import torch
 
         from node.compute import StoredModels, Work
+        from node.merging import rule_error
         from node.task_loading import make_task
         from node.tasks import initial_params
         from node.weights import check_weights, max_blob_bytes, schema_hash, schema_of
@@ -51,12 +52,25 @@ class Learner:
         self.name = task.name
         self.schema = schema_hash(task.name, schema)
         self.max_model_bytes = max_blob_bytes(schema)
-        self.num_samples = len(task.train[1])
         self.store = BlobStore(home, lambda path: check_weights(path, schema))
         self._models = StoredModels(self.store)
-        self.perform: Perform = Work(
-            task, config.training, config.learning.rule, self._models, seed, me
-        ).perform
+        learning = config.learning
+        work = Work(
+            task,
+            config.training,
+            learning.rule,
+            self._models,
+            seed,
+            me,
+            final_rule=None if learning.final_merge == "none" else learning.final_rule,
+            judges_final=learning.final_keep == "better",
+        )
+        try:
+            work.rehearse(self._first)
+        except ValueError as error:
+            raise rule_error(error) from error
+        self.num_samples = work.num_samples
+        self.perform: Perform = work.perform
 
     def first_model(self, warn: Callable[[str], None]) -> ModelRef:
         """The newest whole checkpoint, or a fresh start."""
@@ -227,6 +241,7 @@ class Daemon:
             "round": core.round,
             "metrics": dict(last.metrics) if last else {},
             "merged": last.num_merged if last else 0,
+            "report": dict(last.report) if last else {},
             "live_peers": core.view.num_live(),
             "bytes_sent": self._network.bytes_sent,
             "bytes_received": self._network.bytes_received,

@@ -89,7 +89,24 @@ def shard(
     return _by_owner(owner, num_partitions)
 
 
-PARTITIONERS: dict[str, Callable[..., list[Indices]]] = {"iid": iid, "dirichlet": dirichlet, "shard": shard}
+def by_class(labels: Labels, num_partitions: int, rng: np.random.Generator) -> list[Indices]:
+    """Class c goes whole to node c mod n: no two nodes share a class (DIMAT's non-IID split, arXiv 2404.08079).
+
+    labels: anything that sorts, shape [samples]; classes are numbered in their order. Nothing is drawn.
+    Returns as `iid`. Raises ValueError where there are fewer classes than nodes.
+    """
+    _check(labels, num_partitions)
+    classes, numbers = np.unique(labels, return_inverse=True)
+    _check_range("num_partitions", num_partitions, len(classes))
+    return _by_owner(numbers % num_partitions, num_partitions)
+
+
+PARTITIONERS: dict[str, Callable[..., list[Indices]]] = {
+    "iid": iid,
+    "dirichlet": dirichlet,
+    "shard": shard,
+    "class": by_class,
+}
 
 
 def _check(labels: Labels, num_partitions: int) -> None:

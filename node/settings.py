@@ -39,6 +39,9 @@ class TrainingSettings(Struct, frozen=True, forbid_unknown_fields=True):
     """Of "sgd" with momentum: look ahead before each step. Seldom worse, a little faster."""
     betas: tuple[Beta, Beta] = ADAM_BETAS
     """Of "adam" and "adamw": how slowly the two moments forget. Lower the second, to 0.99, for short rounds."""
+    validation: Annotated[float, Meta(gt=0, lt=1)] = 0.1
+    """Share of the node's own samples that it does not train on but judges models by. Held out only where a merge rule
+    judges (`covey rules` says which) or there is a final merge; more makes better judgements and worse models."""
     epsilon: Annotated[float, Meta(gt=0, le=1)] = ADAM_EPSILON
     """Of "adam" and "adamw": keeps steps small where gradients vanish; try 1e-4 where training is unstable."""
 
@@ -55,7 +58,8 @@ class TrainingSettings(Struct, frozen=True, forbid_unknown_fields=True):
 class Partition(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How one data set is dealt to `count` nodes. Every node that says the same gets a part of the same deal.
 
-    partitioner: "iid" to begin with; "dirichlet" for the usual skewed labels; "shard" for a few classes each.
+    partitioner: "iid" to begin with; "dirichlet" for the usual skewed labels; "shard" for a few classes each;
+        "class" where no two nodes share a class.
     alpha: of "dirichlet": 0.1 is very skewed, 1 mild, 100 nearly even.
     shards_per_node: of "shard": about the number of classes a node sees.
     samples_per_node: of "iid": every node draws so many samples by itself, and several may hold the same one. For
@@ -63,7 +67,7 @@ class Partition(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """
 
     count: Annotated[int, Meta(ge=1)]
-    partitioner: Literal["iid", "dirichlet", "shard"] = "iid"
+    partitioner: Literal["iid", "dirichlet", "shard", "class"] = "iid"
     alpha: Annotated[float, Meta(gt=0)] = 0.5
     shards_per_node: Annotated[int, Meta(ge=1)] = 2
     seed: int = 0

@@ -47,6 +47,7 @@ class Task:
         `train`; `test` should be the same on every node if their metrics are to be compared.
     loss: (outputs, targets) -> a scalar to be made small.
     metrics: (outputs, targets) over the whole test set -> numbers by name, the one that counts first.
+    probe: inputs that every node has, without targets, on which merge rules may compare networks (`probe = "shared"`).
     """
 
     name: str
@@ -55,6 +56,7 @@ class Task:
     test: tuple[Tensor, Tensor]
     loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
     metrics: Callable[[Tensor, Tensor], dict[str, float]] = classification_metrics
+    probe: Tensor | None = None
 
 
 def build_model(task: Task, seed: int = 0) -> nn.Module:
@@ -97,19 +99,20 @@ def partition_task(task: Task, partition: Partition) -> list[Task]:
 
     Raises ConfigError where the data cannot be dealt so.
     """
-    return [_restricted(task, indices) for indices in partition_indices(task, partition)]
+    return [restricted(task, indices) for indices in partition_indices(task, partition)]
 
 
 def shard_task(task: Task, shard: Shard) -> Task:
     """The task of one node: `partition_task(task, shard)[shard.index]` without the others' tensors."""
     if shard.index >= shard.count:
         raise ConfigError("task.shard.index", f"{shard.index} of {shard.count}", [f"0 to {shard.count - 1}"])
-    return _restricted(task, partition_indices(task, shard)[shard.index])
+    return restricted(task, partition_indices(task, shard)[shard.index])
 
 
-def _restricted(task: Task, indices: Indices) -> Task:
+def restricted(task: Task, indices: Indices) -> Task:
+    """The task with these of its training samples alone."""
     inputs, targets = task.train
-    chosen = torch.from_numpy(indices)
+    chosen = torch.from_numpy(indices).to(inputs.device)
     return replace(task, train=(inputs[chosen], targets[chosen]))
 
 
@@ -132,11 +135,12 @@ def _dealt(task: Task, partition: Partition) -> list[Indices]:
         "iid": {},
         "dirichlet": {"alpha": partition.alpha},
         "shard": {"shards_per_node": partition.shards_per_node},
+        "class": {},
     }
-    if partition.partitioner == "dirichlet" and (targets.dtype.kind not in "iub" or targets.shape[1] != 1):
-        raise ConfigError(
-            "task.shard.partitioner", "`dirichlet` needs one integer class a sample", ["iid", "shard"]
-        )
+    has_classes = targets.dtype.kind in "iub" and targets.shape[1] == 1
+    if partition.partitioner in ("dirichlet", "class") and not has_classes:
+        problem = f"`{partition.partitioner}` needs one integer class a sample"
+        raise ConfigError("task.shard.partitioner", problem, ["iid", "shard"])
     rng = stream(partition.seed, "partition", partition.partitioner, partition.count)
     try:
         return PARTITIONERS[partition.partitioner](

@@ -12,7 +12,7 @@ import msgspec
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from protocols.events import LearningDone, LinkChanged, Record, RoundDone, Trouble
+from protocols.events import FinalMergeDone, LearningDone, LinkChanged, Record, RoundDone, Trouble
 from protocols.vocabulary import PeerId, Reason
 
 
@@ -81,6 +81,8 @@ class Telemetry:
         match record:
             case RoundDone():
                 self._on_round(record, at_s)
+            case FinalMergeDone():
+                self._on_final_merge(record, at_s)
             case LinkChanged(peer, up, reason, num_live):
                 self._live.set(num_live)
                 self._log.info(
@@ -101,11 +103,34 @@ class Telemetry:
         self._merged.set(record.num_merged)
         for name, value in record.metrics.items():
             self._metric.labels(name).set(value)
+        self._write_line(record, at_s)
+        shown = {name: round(value, 4) for name, value in record.metrics.items()}
+        report = {
+            name: value if isinstance(value, str) else round(value, 4)
+            for name, value in record.report.items()
+        }
+        self._log.info("round done", round=record.round, merged=record.num_merged, **shown, **report)
+
+    def _on_final_merge(self, record: FinalMergeDone, at_s: float) -> None:
+        metrics = record.merged if record.kept == "merged" else record.before
+        for name, value in metrics.items():
+            self._metric.labels(name).set(value)
+        if metrics and self.last_round is not None:
+            # What the node has now, which is what an operator asks for.
+            self.last_round = msgspec.structs.replace(self.last_round, metrics=metrics)
+        self._write_line(record, at_s)
+        self._log.info(
+            "final merge done",
+            members=record.num_members,
+            kept=record.kept,
+            before={name: round(value, 4) for name, value in record.before.items()},
+            merged={name: round(value, 4) for name, value in record.merged.items()},
+        )
+
+    def _write_line(self, record: RoundDone | FinalMergeDone, at_s: float) -> None:
         line = {"at_s": round(at_s, 3), **msgspec.to_builtins(record)}
         with self._rounds_path.open("a", encoding="utf-8") as file:
             file.write(msgspec.json.encode(line).decode() + "\n")
-        shown = {name: round(value, 4) for name, value in record.metrics.items()}
-        self._log.info("round done", round=record.round, merged=record.num_merged, **shown)
 
     def refusal(self, peer: PeerId, reason: Reason, detail: str) -> None:
         """Something from a peer was refused."""

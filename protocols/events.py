@@ -81,9 +81,12 @@ class Trained(_Fact, frozen=True):
     ref: ModelRef
 
 
-class Aggregated(_Fact, frozen=True):
+class Aggregated(_Fact, frozen=True, omit_defaults=True):
+    """report: what the merge did, name by name, for the operator (see `aggregation.base.Report`)."""
+
     token: int
     ref: ModelRef
+    report: tuple[tuple[str, str | float], ...] = ()
 
 
 class Evaluated(_Fact, frozen=True):
@@ -197,11 +200,17 @@ class Input(Struct, frozen=True):
 
 
 class Aggregate(_Fact, frozen=True):
-    """Answered by `Aggregated` or `WorkFailed`."""
+    """Answered by `Aggregated` or `WorkFailed`.
+
+    rule: "round" merges by the configured rules. "final" adds to a mean over all samples: the answer's `num_samples` is
+        that of own and all inputs together. "accept" takes whichever of own and the one input does better on the node's
+        validation data; the answer may then be own, or the input.
+    """
 
     token: int
     own: ModelRef
     inputs: tuple[Input, ...]
+    rule: Literal["round", "final", "accept"] = "round"
 
 
 class Evaluate(_Fact, frozen=True):
@@ -275,10 +284,11 @@ class Phase(StrEnum):
     MERGING = "merging"
     EVALUATING = "evaluating"
     PAUSING = "pausing"
+    FINAL = "final merge"
     DONE = "done"
 
 
-class RoundDone(_Fact, frozen=True):
+class RoundDone(_Fact, frozen=True, omit_defaults=True):
     """One learning round ended."""
 
     round: int
@@ -287,6 +297,26 @@ class RoundDone(_Fact, frozen=True):
     staleness_max: int
     metrics: Mapping[str, float]
     duration_s: float
+    report: Mapping[str, str | float] = {}
+    """What the merge did, where its rules have something to say."""
+
+
+class FinalMergeDone(_Fact, frozen=True):
+    """The merge after the last round ended for this node."""
+
+    num_members: int
+    """Nodes in its session, itself included. 1 where it was alone, or late and at most given the others' result."""
+    num_stages: int
+    """Of the session, those that it had a part in."""
+    num_samples: int
+    """Behind the merged model: where all were reached, those of all members."""
+    before: Mapping[str, float]
+    """Metrics of the node's own model; empty where there was nothing to compare it with."""
+    merged: Mapping[str, float]
+    """Metrics of the merged model."""
+    kept: Literal["own", "merged"]
+    duration_s: float
+    """With the wait for the others."""
 
 
 class LinkChanged(_Fact, frozen=True):
@@ -309,4 +339,4 @@ class LearningDone(_Fact, frozen=True):
     round: int
 
 
-Record = RoundDone | LinkChanged | Trouble | LearningDone
+Record = RoundDone | FinalMergeDone | LinkChanged | Trouble | LearningDone

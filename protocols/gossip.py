@@ -1,14 +1,16 @@
 """Model gossip: one node's learning round as a transition table.
 
-train -> offer -> collect until a quorum or a deadline -> merge -> evaluate -> (pause) -> train ...
+train -> offer -> collect until a quorum or a deadline -> merge -> evaluate -> (pause) -> train ... -> (final merge)
 
 Nodes keep their own round counters; how far a received model lags is data (`staleness`), never a reason to
-wait. Source of the round: arXiv 2404.04616 (train, send to all neighbours, merge what the buffer holds).
+wait. Sources: the round arXiv 2404.04616 (train, send to all neighbours, merge what the buffer holds); exchanges
+every few rounds DIMAT, arXiv 2404.08079; sparse and dense rounds arXiv 2507.06542; windows of time FedFix,
+arXiv 2206.10189. A schedule is kept by a node's own counter, and all nodes of a network should have the same one.
 """
 
-from collections.abc import Mapping
-from math import ceil
-from typing import Annotated, ClassVar
+from collections.abc import Callable, Mapping
+from math import ceil, floor
+from typing import Annotated, ClassVar, Literal
 
 import msgspec
 from msgspec import Meta, Struct
@@ -41,10 +43,13 @@ from protocols.events import (
     WorkFailed,
 )
 from protocols.exchange import Exchange
+from protocols.final_merge import FinalMerge
 from protocols.machine import Handler, Machine, Output
 from protocols.messages import Bye, Heartbeat
 from protocols.view import View
 from protocols.vocabulary import MAX_ROUND, ModelRef, PeerId
+
+Share = Annotated[float, Meta(ge=0, le=1)]
 
 
 class GossipSettings(Struct, frozen=True, forbid_unknown_fields=True):
@@ -55,11 +60,27 @@ class GossipSettings(Struct, frozen=True, forbid_unknown_fields=True):
     quorum: Annotated[float, Meta(ge=0, le=1)] = 0.5
     """Share of the learning neighbours whose model a merge waits for. 1 mixes best and is as slow as the slowest;
     0 waits for nobody and merges what has come by then."""
-    fanout: Annotated[int, Meta(ge=0, le=64)] = 0
-    """Learning neighbours, drawn each round, that are offered the new model; 0 means all. 1 is push gossip: least
-    traffic, slowest mixing. Choose quorum 0 with it, since nobody knows how many offers to await."""
+    exchange_every: Annotated[int, Meta(ge=1)] = 1
+    """Rounds between two exchanges; in the others a node only trains, and what comes waits. Larger saves traffic, and
+    costs accuracy where data differ: try 2 to 10. The same on all nodes, and `deadline_s` so many times longer."""
+    fanout: Annotated[float, Meta(ge=0, le=64)] = 0.0
+    """Learning neighbours, drawn in each exchange, that are offered the new model; 0 means all. 1 is push gossip: least
+    traffic, slowest mixing. A fraction is an expectation: with 0.2 one exchange in five goes to one neighbour, the
+    others to nobody. Choose quorum 0 with it, since nobody knows how many offers to await."""
+    dense_from: Share = 0.0
+    """Share of `rounds` after which exchanges are as `fanout` and `quorum` say; before it they are sparse. 0.9 talks
+    late, where the same traffic buys most; 0.5 with `sparse_fanout` 0 trains alone first. The same on all nodes."""
+    dense_until: Share = 1.0
+    """Share of `rounds` after which exchanges are sparse again. Together with `dense_from` at least one round."""
+    sparse_fanout: Annotated[float, Meta(ge=0, le=64)] = 0.0
+    """As `fanout`, in exchanges outside the dense rounds, but 0 means nobody. They wait for nobody either, and merge what
+    has come. 0.1 to 0.5 is enough to keep models mergeable; without any they part unless all start alike."""
     deadline_s: Annotated[float, Meta(gt=0, le=86400)] = 30.0
     """Longest wait for the quorum. Choose a few times a neighbour's training time."""
+    window_s: Annotated[float, Meta(ge=0, le=86400)] = 0.0
+    """Merge at the next multiple of so many seconds of the node's clock, with what has come by then (FedFix); 0 merges
+    at the quorum. It takes the place of `quorum` and `deadline_s` in every exchange, a sparse one too. Choose the time in
+    which most neighbours train: the slower ones' models then come in a later window, and are stale."""
     pause_s: Annotated[float, Meta(ge=0, le=86400)] = 1.0
     """Least time from one round's start to the next: what keeps a tiny model from spinning."""
     evaluate_every: Annotated[int, Meta(ge=1)] = 1
@@ -69,9 +90,46 @@ class GossipSettings(Struct, frozen=True, forbid_unknown_fields=True):
     """Learning neighbours to have before the very first round begins; after a restart nobody waits."""
     wait_at_most_s: Annotated[float, Meta(gt=0, le=86400)] = 60.0
     """The first round begins after this long in any case."""
+    final_merge: Literal["none", "butterfly", "aggregator"] = "none"
+    """After the last round all nodes merge once more; the node's own model and the merged one are both measured and told.
+    Worth it after sparse exchanges from a common start, where nodes must be linked with all others for the mean over all of
+    them. `butterfly` shares the work evenly: n log2 n models move. `aggregator` moves 2 n, most of them through one node's
+    line: for few nodes or small models. The same on all nodes."""
+    final_deadline_s: Annotated[float, Meta(gt=0, le=86400)] = 30.0
+    """Longest wait for the others to end their rounds, and for each stage of the final merge. Choose the time by which the
+    slowest node may be behind the fastest in the end, and no less than a model takes to all who fetch it at once."""
+
+    final_keep: Literal["merged", "better"] = "merged"
+    """What a node goes on with after the final merge. `merged`: the network's model. `better`: whichever does better on the
+    node's own validation samples, which keeps a spoilt merge out, and where data are very unequal keeps most nodes' own."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where settings contradict each other."""
+        if self.dense_from >= self.dense_until:
+            raise ValueError(
+                f"dense_from {self.dense_from:g} has to be below dense_until {self.dense_until:g}, or no round is dense"
+            )
+        if self.has_window and not self.rounds:
+            raise ValueError("dense_from and dense_until are shares of rounds, which must then be 1 or more")
+        if self.final_merge != "none" and not self.rounds:
+            raise ValueError("a final_merge comes after the last round: rounds must then be 1 or more")
+
+    @property
+    def has_window(self) -> bool:
+        """Whether some rounds are sparse."""
+        return self.dense_from > 0 or self.dense_until < 1
+
+    def dense_rounds(self) -> range:
+        """Every round that the window touches: never none."""
+        if not self.rounds:
+            return range(MAX_ROUND + 1)
+        first, end = self.dense_from * self.rounds, self.dense_until * self.rounds
+        # 0.55 * 100 is a little more than 55.
+        return range(floor(first + _ROUNDING), max(ceil(end - _ROUNDING), floor(first + _ROUNDING) + 1))
 
 
-_WAITING, _TRAINING, _COLLECTING, _MERGING, _EVALUATING, _PAUSING, _DONE = Phase
+_ROUNDING = 1e-9
+_WAITING, _TRAINING, _COLLECTING, _MERGING, _EVALUATING, _PAUSING, _FINAL, _DONE = Phase
 """By name, since looking a member up in its enum takes longer than most of a step."""
 
 
@@ -82,6 +140,10 @@ class Gossip(Machine):
         self._settings = settings
         self._view = view
         self._exchange = exchange
+        self._dense = settings.dense_rounds()
+        self._has_window = settings.has_window
+        self._final = _final_merge(settings, view, exchange, self._new_token)
+        self._waited_in_vain = False
         self._token = 0
         self._own: ModelRef | None = None
         self._trained: ModelRef | None = None
@@ -89,6 +151,7 @@ class Gossip(Machine):
         """The last model that training could start from."""
         self._inbox: dict[PeerId, ModelRef] = {}
         self._merging: tuple[Input, ...] = ()
+        self._report: tuple[tuple[str, str | float], ...] = ()
         self._round_began_at = 0.0
         self.phase = _WAITING
         self.round = 0
@@ -114,14 +177,21 @@ class Gossip(Machine):
 
     def _on_arrived(self, now: float, event: ModelArrived) -> list[Output]:
         """A model is buffered in any phase."""
-        return self._receive(event.peer, event.ref) + self._on_event(now, event)
+        receive = self._receive
+        if self._final is not None and self.phase is not _DONE:
+            # Others may be ahead of this node, or still in their rounds.
+            if event.ref.round > self._settings.rounds:
+                receive = self._final.receive
+            elif self.phase is _FINAL:
+                return self._exchange.release(event.ref)
+        return receive(event.peer, event.ref) + self._on_event(now, event)
 
     def _keep_at_stop(self, now: float, event: StopRequested) -> list[Output]:
         """The merged model of a round whose evaluation is cut short is further than the round's own checkpoint."""
         if self._own is None:
             return []
-        merged = self.phase is _EVALUATING
-        return [Keep(msgspec.structs.replace(self._own, round=self.round + merged))]
+        round_ = max(self._own.round, self.round + (self.phase is _EVALUATING))
+        return [Keep(msgspec.structs.replace(self._own, round=round_))]
 
     # --- waiting for company ----------------------------------------------------------------------------
     def _start(self, now: float, event: Event | Notice) -> list[Output]:
@@ -132,7 +202,7 @@ class Gossip(Machine):
         self.round = self._view.round = event.ref.round
         self._exchange.hold(event.ref)
         if self._finished():
-            return self._stop_learning()
+            return self._finish(now)
         if self.round or not self._settings.wait_for_peers:
             return self._begin(now, event)
         return [self._timer("company", self._settings.wait_at_most_s)]
@@ -157,11 +227,28 @@ class Gossip(Machine):
         out = self._exchange.release(sound) if sound else []
         self._trained = event.ref
         self._exchange.hold(event.ref)
+        if (self.round + 1) % self._settings.exchange_every:
+            return out + self._adopt(now, event.ref)
         self.phase = _COLLECTING
-        out += self._exchange.offer(event.ref, self._view.some_learners(self._settings.fanout))
+        out += self._offer(event.ref)
+        if window_s := self._settings.window_s:
+            return [*out, self._timer("window", window_s - now % window_s)]
         if self._has_enough():
             return out + self._merge(now, event)
         return [*out, self._timer("deadline", self._settings.deadline_s)]
+
+    def _offer(self, ref: ModelRef) -> list[Output]:
+        settings = self._settings
+        fanout = settings.fanout
+        if self.round not in self._dense:
+            if not settings.sparse_fanout:
+                return []
+            fanout = settings.sparse_fanout
+        peers = self._view.some_learners(fanout)
+        if self._final is not None:
+            # Those who wait for the final merge go on learning, and want no model of a round any more.
+            peers = [peer for peer in peers if self._view.round_of(peer) < settings.rounds]
+        return self._exchange.offer(ref, peers)
 
     # --- collect ----------------------------------------------------------------------------------------
     def _receive(self, peer: PeerId, ref: ModelRef) -> list[Output]:
@@ -176,10 +263,32 @@ class Gossip(Machine):
 
     def _has_enough(self) -> bool:
         quorum = self._settings.quorum
-        return not quorum or len(self._inbox) >= ceil(quorum * len(self._view.live_learners()))
+        if self._settings.window_s:
+            return False
+        if not quorum or self.round not in self._dense:
+            return True
+        return len(self._inbox) >= ceil(quorum * len(self._awaited()))
+
+    def _awaited(self) -> list[PeerId]:
+        """The neighbours that a quorum is a share of: all that learn, but for those whose schedule has them offer nothing.
+
+        Every neighbour offers once in `exchange_every` of its rounds, and what came since the last merge counts: out of
+        phase it is awaited no longer than in phase. Who has left the dense rounds behind offers no more in this window.
+        Who has not reached them yet will, and is awaited, since a dense exchange is worth little alone; but once a
+        deadline has passed in vain, only from the time it tells that it is there.
+        """
+        peers = self._view.live_learners()
+        if not self._has_window and self._final is None:
+            return peers
+        first = self._dense.start if self._waited_in_vain else 0
+        return [peer for peer in peers if first <= self._view.round_of(peer) < self._dense.stop]
 
     def _merge_if_enough(self, now: float, event: Event | Notice) -> list[Output]:
         return self._merge(now, event) if self._has_enough() else []
+
+    def _merge_in_time(self, now: float, event: Event | Notice) -> list[Output]:
+        self._waited_in_vain = True
+        return self._merge(now, event)
 
     # --- merge ------------------------------------------------------------------------------------------
     def _merge(self, now: float, event: Event | Notice) -> list[Output]:
@@ -197,6 +306,7 @@ class Gossip(Machine):
         assert isinstance(event, Aggregated)
         assert self._trained is not None
         self._exchange.hold(event.ref)
+        self._report = event.report
         out = self._exchange.release(self._trained)
         return out + self._adopt(now, event.ref)
 
@@ -229,11 +339,12 @@ class Gossip(Machine):
             staleness_max=max((item.staleness for item in self._merging), default=0),
             metrics=metrics,
             duration_s=now - self._round_began_at,
+            report=dict(self._report),
         )
-        self._merging = ()
+        self._merging, self._report = (), ()
         out: list[Output] = [Emit(record)]
         if self._finished():
-            return [*out, Keep(self._own), *self._stop_learning()]
+            return [*out, Keep(self._own), *self._finish(now)]
         if self.round // self._settings.keep_every > ended // self._settings.keep_every:
             out.append(Keep(self._own))
         rest = self._settings.pause_s - (now - self._round_began_at)
@@ -250,25 +361,58 @@ class Gossip(Machine):
         """
         rounds = sorted([self.round, *(item.ref.round for item in self._merging)])
         median = rounds[(len(rounds) - 1) // 2]
-        return min(max(self.round, min(median, self.round + MAX_JUMP)) + 1, MAX_ROUND)
+        # Beyond the last round a number says where a node stands in the final merge.
+        last = MAX_ROUND if self._final is None else self._settings.rounds
+        return min(max(self.round, min(median, self.round + MAX_JUMP)) + 1, last)
 
     def _finished(self) -> bool:
         return 0 < self._settings.rounds <= self.round
+
+    def _finish(self, now: float) -> list[Output]:
+        """The rounds are over; a model of a later one has the final merge behind it."""
+        assert self._own is not None
+        if self._final is None or self.round > self._settings.rounds:
+            return self._stop_learning()
+        self.phase = _FINAL
+        return self._let_go_of_rounds() + self._after_final(self._final.begin(now, self._own))
 
     def _stop_learning(self) -> list[Output]:
         assert self._own is not None
         self.phase = _DONE
         self._exchange.open = False
-        self._view.round, self._view.active = self.round, False
+        self._view.round, self._view.active = self._own.round, False
         out: list[Output] = [Emit(LearningDone(round=self.round)), *self._view.heartbeat()]
-        for ref in self._inbox.values():
-            out += self._exchange.release(ref)
-        self._inbox.clear()
-        if self._sound is not None:
-            out += self._exchange.release(self._sound)
-            self._sound = None
+        out += self._let_go_of_rounds()
         # Whoever links up later, a node back from a crash above all, is offered the final model.
         return out + self._exchange.present(self._own)
+
+    def _let_go_of_rounds(self) -> list[Output]:
+        refs = [*self._inbox.values(), *([self._sound] if self._sound is not None else [])]
+        self._inbox.clear()
+        self._sound = None
+        return [out for ref in refs for out in self._exchange.release(ref)]
+
+    # --- the final merge --------------------------------------------------------------------------------
+    def _in_final(self, now: float, event: Event | Notice) -> list[Output]:
+        assert self._final is not None
+        return self._after_final(self._final.step(now, event))
+
+    def _after_final(self, out: list[Output]) -> list[Output]:
+        """Take over what the final merge ended with, once it did."""
+        assert self._final is not None
+        assert self._own is not None
+        chosen = self._final.chosen
+        if chosen is None:
+            return out
+        before, own = self._own, msgspec.structs.replace(chosen, round=self.round + 1)
+        # Of this node: the merged model's number says what is behind it.
+        self._own = msgspec.structs.replace(own, num_samples=before.num_samples)
+        out = [*out, *self._exchange.release(before), Keep(self._own), *self._stop_learning()]
+        linger_s = self._final.linger_s()
+        return [*out, self._timer("linger", linger_s)] if linger_s else out
+
+    def _let_go_of_final(self, now: float, event: Event | Notice) -> list[Output]:
+        return self._final.let_go() if self._final is not None else []
 
     def _receive_when_done(self, now: float, event: Event | Notice) -> list[Output]:
         """A fetch that was under way when the last round ended."""
@@ -289,7 +433,7 @@ class Gossip(Machine):
         self._own = msgspec.structs.replace(self._own, round=self.round)
         self._view.round = self.round
         if self._finished():
-            return [*out, *self._stop_learning()]
+            return [*out, *self._finish(now)]
         if self._sound is None and self._inbox:
             # Nothing better of our own: what the neighbours have may help.
             self._trained = self._own
@@ -334,6 +478,23 @@ MAX_JUMP = 16
 _NOTHING = StopRequested()
 
 
+def _final_merge(
+    settings: GossipSettings, view: View, exchange: Exchange, new_token: Callable[[], int]
+) -> FinalMerge | None:
+    mode = settings.final_merge
+    if mode == "none":
+        return None
+    return FinalMerge(
+        mode,
+        settings.rounds,
+        settings.final_deadline_s,
+        settings.final_keep,
+        view,
+        exchange,
+        new_token,
+    )
+
+
 def _trouble(what: str, event: Event | Notice) -> Output:
     assert isinstance(event, WorkFailed)
     return Emit(Trouble(what=what, detail=event.detail))
@@ -348,13 +509,18 @@ _TABLE: dict[tuple[Phase, type], Handler] = {
     (_COLLECTING, ModelArrived): Gossip._merge_if_enough,
     (_COLLECTING, PeerDown): Gossip._merge_if_enough,
     (_COLLECTING, Received): Gossip._merge_if_enough,
-    (_COLLECTING, TimerFired): Gossip._merge,
+    (_COLLECTING, TimerFired): Gossip._merge_in_time,
     (_MERGING, Aggregated): Gossip._adopt_merged,
     (_MERGING, WorkFailed): Gossip._merging_failed,
     (_EVALUATING, Evaluated): Gossip._evaluated,
     (_EVALUATING, WorkFailed): Gossip._evaluating_failed,
     (_PAUSING, TimerFired): Gossip._begin,
+    **{
+        (_FINAL, kind): Gossip._in_final
+        for kind in (ModelArrived, PeerUp, PeerDown, Received, TimerFired, Aggregated, Evaluated, WorkFailed)
+    },
     (_DONE, ModelArrived): Gossip._receive_when_done,
+    (_DONE, TimerFired): Gossip._let_go_of_final,
 }
 """The whole round: in this phase, on this event. What is not listed changes nothing (a model that arrives is
 buffered in any phase)."""

@@ -32,7 +32,7 @@ from protocols.events import (
     TimerFired,
 )
 from protocols.machine import Handler, Machine, Output
-from protocols.messages import AskPeers, Bye, Heartbeat, Hello, LinkMessage, Peers, Refuse
+from protocols.messages import AskPeers, Bye, Heartbeat, Hello, LinkMessage, Offer, Peers, Refuse
 from protocols.vocabulary import (
     HOSTILE,
     MAX_ADDRESSES,
@@ -134,17 +134,36 @@ class View(Machine):
             self._learn(address, bootstrap=True)
 
     # --- what others ask --------------------------------------------------------------------------------
+    @property
+    def me(self) -> PeerId:
+        return self._me
+
+    @property
+    def network(self) -> str:
+        """Its name."""
+        return self._hello.network
+
     def live_learners(self) -> list[PeerId]:
         """Greeted neighbours that are still learning, in order of linking."""
         return [
             peer for peer, link in self._links.items() if link.active and link.learns and not link.closing
         ]
 
-    def some_learners(self, count: int) -> list[PeerId]:
-        """So many of `live_learners()`, drawn; all of them where `count` is 0 or there are no more."""
+    def learners(self) -> list[PeerId]:
+        """Neighbours with whom models can be exchanged, whether they still learn or not."""
+        return [peer for peer, link in self._links.items() if link.learns and not link.closing]
+
+    def some_learners(self, expected: float) -> list[PeerId]:
+        """So many of `live_learners()`, drawn; all of them where `expected` is 0 or there are no more.
+
+        Of a fraction what stands behind the point is the chance of one more (arXiv 2507.06542).
+        """
         peers = self.live_learners()
-        if not 0 < count < len(peers):
+        if not 0 < expected < len(peers):
             return peers
+        count = int(expected)
+        if count != expected:
+            count += self._rng.random() < expected - count
         return [self._rng.choice(peers)] if count == 1 else self._rng.sample(peers, count)
 
     def is_live(self, peer: PeerId) -> bool:
@@ -156,6 +175,11 @@ class View(Machine):
         """Whether a model can be exchanged with this neighbour at all."""
         link = self._links.get(peer)
         return link is not None and link.learns and not link.closing
+
+    def round_of(self, peer: PeerId) -> int:
+        """The round that a neighbour was in when it last spoke of one; 0 where it has not, or there is no link."""
+        link = self._links.get(peer)
+        return link.round if link else 0
 
     def num_live(self) -> int:
         return sum(link.hello is not None for link in self._links.values())
@@ -290,6 +314,11 @@ class View(Machine):
 
     def _on_heartbeat(self, now: float, peer: PeerId, link: _Link, message: Heartbeat) -> list[Output]:
         link.round, link.active = message.round, message.active
+        return []
+
+    def _on_offer(self, now: float, peer: PeerId, link: _Link, message: Offer) -> list[Output]:
+        # Its beats are far apart; what it offers says sooner where it stands.
+        link.round = max(link.round, message.ref.round)
         return []
 
     def _on_ask(self, now: float, peer: PeerId, link: _Link, message: AskPeers) -> list[Output]:
@@ -461,6 +490,7 @@ class View(Machine):
         Hello: _on_hello,
         Refuse: _on_refused,
         Heartbeat: _on_heartbeat,
+        Offer: _on_offer,
         AskPeers: _on_ask,
         Peers: _on_peers,
         Bye: _on_bye,

@@ -9,8 +9,8 @@ What the core promises:
 | rule | on | what holds |
 | --- | --- | --- |
 | `verified` | Aggregate | every model was fetched and found good, or made here, in this life, and not forgotten since |
-| `offered` | Aggregate | every input is what that very peer offered |
-| `counted_once` | Aggregate | inputs come from distinct peers, never from the node itself; there is one at least |
+| `offered` | Aggregate | every input is what that very peer offered; a choice is between the node's own models |
+| `counted_once` | Aggregate | inputs come from distinct peers, never from the node itself; there is one at least; in a final merge none comes twice |
 | `staleness` | Aggregate | counted from the node's round, never negative; sample counts are positive |
 | `held` | Train, Evaluate, Keep, Send of an offer | the model is held at this moment |
 | `forgets_once` | Forget | what is held, or was fetched in part, and each only once |
@@ -22,6 +22,7 @@ What the core promises:
 | `greeted` | Send, Fetch | one hello first; heartbeats, offers and fetches only after the peer's hello was accepted |
 | `dials` | Dial | neither to itself nor to a peer that is linked or being dialled |
 | `rounds` | RoundDone, LearningDone, Keep, Train | rise, by `MAX_JUMP` + 1 at most, and stay below the last |
+| `final` | FinalMergeDone | once, after the last round, and before the end of learning |
 | `encodes` | Send | the message survives its encoding (where asked for) |
 | `halts` | Halt | only when stopped |
 | `bounds` | each step | inbox, waiting offers, transfers, offered models and accepted links within the settings |
@@ -63,6 +64,7 @@ from protocols.events import (
     Fetch,
     Fetched,
     FetchFailed,
+    FinalMergeDone,
     Forget,
     Halt,
     Keep,
@@ -72,6 +74,7 @@ from protocols.events import (
     LinkUp,
     Phase,
     Received,
+    Record,
     RoundDone,
     Send,
     SetTimer,
@@ -83,6 +86,7 @@ from protocols.events import (
     Trained,
     WorkFailed,
 )
+from protocols.final_merge import num_stages
 from protocols.gossip import MAX_JUMP
 from protocols.messages import AskPeers, Decline, Heartbeat, Hello, Offer
 from protocols.vocabulary import ModelRef, PeerId, peer_of
@@ -161,6 +165,7 @@ class Facts:
     """What is known of one node in one life, from its events and effects."""
 
     __slots__ = (
+        "box",
         "ceiling",
         "core",
         "dialling",
@@ -171,12 +176,14 @@ class Facts:
         "failed",
         "fetch_token",
         "fetching",
+        "final_peers",
         "greeted",
         "held",
         "helloed",
         "inbox",
         "kept",
         "links",
+        "merged",
         "num_timers",
         "offers",
         "order",
@@ -216,11 +223,16 @@ class Facts:
         self.token = 0
         self.fetch_token = 0
         self.inbox = 0
+        self.box = 0
         self.round = 0
         self.ended = -1
         self.ceiling = 0
         """The highest round that the node can be in."""
         self.done = False
+        self.merged = False
+        """Its final merge is over."""
+        self.final_peers: set[PeerId] = set()
+        """Whose models went into it."""
         self.round_at_s = now
         self.seen_at_s = now
         self.since_s = now
@@ -313,17 +325,28 @@ class Facts:
                 self.order, self.token, self.round = _Asked(effect, now), token, round_
             case Aggregate(token) | Evaluate(token):
                 self.order, self.token = _Asked(effect, now), token
+                if isinstance(effect, Aggregate) and effect.rule == "final":
+                    self.final_peers.update(item.peer for item in effect.inputs)
             case Forget(ref):
                 self.held.discard(ref.digest)
                 self.partial.discard(ref.digest)
             case Keep(ref):
                 self.kept = ref
-            case Emit(RoundDone(round_)):
-                self.ended, self.ceiling, self.round_at_s = round_, round_ + MAX_JUMP + 1, now
-            case Emit(LearningDone()):
-                self.done = True
+            case Emit(record):
+                self._do_emit(now, record)
             case Dial(address):
                 self.dialling[peer_of(address) or PeerId("")] = now
+            case _:
+                pass
+
+    def _do_emit(self, now: float, record: Record) -> None:
+        match record:
+            case RoundDone(round_):
+                self.ended, self.ceiling, self.round_at_s = round_, round_ + MAX_JUMP + 1, now
+            case FinalMergeDone():
+                self.merged = True
+            case LearningDone():
+                self.done = True
             case _:
                 pass
 
@@ -359,6 +382,8 @@ def _verified(facts: Facts, order: Aggregate) -> str:
 
 
 def _offered(facts: Facts, order: Aggregate) -> str:
+    if order.rule == "accept":
+        return ""
     for item in order.inputs:
         if (item.peer, item.ref) not in facts.offers:
             return f"peer {item.peer} never offered model {brief(item.ref)}"
@@ -367,6 +392,14 @@ def _offered(facts: Facts, order: Aggregate) -> str:
 
 def _counted_once(facts: Facts, order: Aggregate) -> str:
     peers = [item.peer for item in order.inputs]
+    if order.rule == "accept":
+        return (
+            ""
+            if peers == [facts.core.view._me]
+            else f"a choice between its own model and {brief(order.inputs)}"
+        )
+    if order.rule == "final" and (again := facts.final_peers.intersection(peers)):
+        return f"peer {min(again)} comes into the final merge a second time"
     if len(set(peers)) < len(peers):
         return f"a peer is counted twice among {', '.join(peers)}"
     if facts.core.view._me in peers:
@@ -500,9 +533,24 @@ def _told_round(facts: Facts, emit: Emit) -> str:
         case LearningDone(round_):
             if facts.done or not last or round_ < last:
                 return f"is done in round {round_} of {last}" + ", again" * facts.done
+            final = facts.core.learning is not None and facts.core.learning._settings.final_merge != "none"
+            # A checkpoint of a later round has it behind itself.
+            if final and not facts.merged and facts.round <= last:
+                return "is done without its final merge"
             return _in_reach(facts, round_, "is done in round")
         case _:
             return ""
+
+
+def _final_merged(facts: Facts, emit: Emit) -> str:
+    if not isinstance(emit.record, FinalMergeDone):
+        return ""
+    if facts.merged or facts.done:
+        return "a second final merge" if facts.merged else "a final merge after the end"
+    settings = facts.core.learning._settings if facts.core.learning is not None else None
+    if settings is None or settings.final_merge == "none":
+        return "a final merge, and its config has none"
+    return "" if facts.core.round >= settings.rounds else f"a final merge in round {facts.core.round}"
 
 
 def _in_reach(facts: Facts, round_: int, what: str) -> str:
@@ -560,6 +608,10 @@ def _bounds(facts: Facts, now: float) -> str:
     # Links may end afterwards: the bound is on what it grows to.
     if facts.inbox > before and facts.inbox > (most := max(8, 2 * core.view.num_live())):
         return f"{facts.inbox} models in the inbox, allowed {most}"
+    if (final := core.learning._final) is not None:
+        before, facts.box = facts.box, len(final._box)
+        if facts.box > before and facts.box > (most := max(8, 2 * core.view.num_live())):
+            return f"{facts.box} models wait for the final merge, allowed {most}"
     if core.learning._token != facts.phase_token:
         facts.phase_token, facts.phase_at_s = core.learning._token, now
     return ""
@@ -581,8 +633,10 @@ def _leaks(facts: Facts) -> str:
     if len(view._known) > view._settings.max_known:
         return f"{len(view._known)} peers known, allowed {view._settings.max_known}"
     inbox = max(8, 2 * view._settings.max_degree)
-    # The inbox, what is being merged, the offered ones; own, trained and sound.
+    # The inbox, what is being merged, the offered ones; own, trained and sound; and of a final merge as much again.
     most = 2 * inbox + exchange._settings.num_generations + 3
+    if core.learning is not None and core.learning._final is not None:
+        most += 2 * inbox + _most_stages(core) + 2
     return f"{len(exchange._held)} models held, allowed {most}" if len(exchange._held) > most else ""
 
 
@@ -593,12 +647,20 @@ def _stuck(facts: Facts, limits: Limits) -> str:
     settings = core.learning._settings
     own_clock = {
         Phase.WAITING: settings.wait_at_most_s,
-        Phase.COLLECTING: settings.deadline_s,
+        Phase.COLLECTING: settings.window_s or settings.deadline_s,
         Phase.PAUSING: max(settings.pause_s, _REST_S),
+        # Each of its waits ends by the last stage's deadline; in between there is work.
+        Phase.FINAL: (_most_stages(core) + 1) * settings.final_deadline_s + limits.work_s,
     }.get(core.phase)
     most = limits.work_s if own_clock is None else own_clock * DRIFT + 1
     lasts = facts.seen_at_s - max(facts.phase_at_s, facts.since_s, limits.since_s)
     return f"{core.phase.value} for {lasts:.1f} s, allowed {most:.1f} s" if lasts > most else ""
+
+
+def _most_stages(core: NodeCore) -> int:
+    assert core.learning is not None
+    mode = core.learning._settings.final_merge
+    return num_stages(mode, core.view._settings.max_degree + 1) if mode != "none" else 0
 
 
 _REST_S = 5.0
@@ -702,6 +764,7 @@ RULES = (
     Rule("rounds", (Train,), _train_round),
     Rule("rounds", (Keep,), _kept_round),
     Rule("rounds", (Emit,), _told_round),
+    Rule("final", (Emit,), _final_merged),
     Rule("halts", (Halt,), _halts),
     Rule("timers", (SetTimer,), _num_timers),
 )

@@ -213,6 +213,10 @@ def _print_outcome(outcome: "Outcome", folder: Path | None) -> None:
     if result.accuracy_mean is not None:
         low, high = result.accuracy_min, result.accuracy_max
         rows["accuracy"] = f"{result.accuracy_mean:.4f} (from {low:.4f} to {high:.4f})"
+    if result.merged_accuracy is not None:
+        rows["mean of models"] = f"{result.merged_accuracy:.4f}, which no node has"
+    if result.final_merged_accuracy is not None:
+        rows["final merge"] = f"{result.final_merged_accuracy:.4f}"
     if result.consensus_distance is not None:
         rows["consensus distance"] = f"{result.consensus_distance:.4g}"
     rows["nodes"] = f"{result.nodes:,}: {result.finished:,} finished, {result.alive:,} alive at the end"

@@ -17,9 +17,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
-from aggregation.base import Contribution, Params
+from aggregation.base import Contribution, Local, Params, Receiver
 from aggregation.batched import build_batched
-from aggregation.rules import build, merge
+from aggregation.rules import merge
+from aggregation.statistics import reestimated
+from node.merging import ROUND, build_rules, make_receiver, rehearse, rule_error
 from node.optimizers import make_optimizer
 from node.partition import Indices
 from node.randomness import RoundStreams, torch_seed
@@ -52,6 +54,8 @@ TIMED_STEPS = 2
 _ALL_THREADS = torch.get_num_threads()
 LARGE_US = 500.0
 """Of a model's round, from which more threads are tried: its events take some 100."""
+CALIBRATION = 2048
+"""Training samples at most on which the statistics of a mean of models are re-estimated."""
 WORTH_IT = 1.2
 """How many times faster all threads have to be."""
 
@@ -62,6 +66,8 @@ class LocalEngine:
     task: with all training samples; parts: which of them each node has.
     rule: as for `aggregation.rules.build`.
     names: each node's name in its random streams, which is its peer id.
+    final_rule: of the merge after the last round; None where there is none.
+    held_out: the training samples by which each node judges models, where a rule does; none of them is in `parts`.
     Raises ConfigError for a device that is not there, and where `batching` is "always" and cannot be.
     """
 
@@ -74,11 +80,15 @@ class LocalEngine:
         seed: int,
         compute: ComputeSettings,
         names: Sequence[str],
+        *,
+        final_rule: Sequence[Spec] | None = None,
+        held_out: Sequence[Indices] | None = None,
     ) -> None:
         assert len(parts) == len(names)
         torch.set_num_threads(compute.threads or 1)
         self._device = _find_device(compute.device)
-        self._task = replace(task, train=self._moved(task.train), test=self._moved(task.test))
+        probe = None if task.probe is None else task.probe.to(self._device)
+        self._task = replace(task, train=self._moved(task.train), test=self._moved(task.test), probe=probe)
         self._names, self._training, self._seed, self._compute = names, training, seed, compute
         self._model = build_model(task).to(self._device)
         self._rows = Rows(initial_params(task, seed), self._device)
@@ -86,8 +96,16 @@ class LocalEngine:
         self._sizes = np.array([len(part) for part in parts], dtype=np.int64)
         self._starts = np.cumsum(self._sizes) - self._sizes
         self._parts = np.concatenate(parts)
-        self._rule = build(rule)
-        self._rule_states: dict[int, tuple[int, Any]] = {}
+        self._own_parts, self._held_out = parts, held_out
+        self._rules = build_rules(
+            rule, final_rule, judges_final=final_rule is not None and held_out is not None
+        )
+        self._rule_states: dict[tuple[int, str], tuple[int, Any]] = {}
+        self._receivers: dict[int, Receiver] = {}
+        try:
+            rehearse(self._rules, initial_params(self._task, seed), self._receiver(0))
+        except ValueError as error:
+            raise rule_error(error, table="") from error
         is_plain_float = all(
             dtype == torch.float32 or not dtype.is_floating_point for dtype in self._rows.layout
         )
@@ -136,6 +154,32 @@ class LocalEngine:
                 squares += float((models - models.mean(0)).square().sum())
         return float((squares / len(rows)) ** 0.5)
 
+    def merged(self, rows: Sequence[int]) -> dict[str, float]:
+        """The mean of floating tensors in float64, all models alike; BatchNorm's statistics re-estimated on training
+        samples of all nodes, always the same (arXiv 2507.06542, `avg_model_test_accuracy`)."""
+        if not rows:
+            return {}
+        chosen, mean = self._index(rows), self._rows.gather(self._index(rows[:1]))
+        width = max(1, 4_000_000 // len(rows))  # as above
+        for dtype, matrix in self._rows.matrices.items():
+            if dtype.is_floating_point:
+                slices = zip(
+                    torch.split(matrix, width, dim=1), torch.split(mean[dtype], width, dim=1), strict=True
+                )
+                for columns, into in slices:
+                    into.copy_(columns.index_select(0, chosen).double().mean(0))
+        try:
+            params = reestimated(self._model, _first(self._rows.views(mean)), self._calibration)
+            return evaluate(self._task, params, model=self._model)
+        except Exception:  # a user's model or metrics may raise anything
+            return {}
+
+    @cached_property
+    def _calibration(self) -> Tensor:
+        count = min(CALIBRATION, len(self._parts))
+        places = self._parts[np.arange(count) * len(self._parts) // count]
+        return self._task.train[0].index_select(0, self._index(places))
+
     def describe(self) -> dict[str, object]:
         """What was chosen, and by which measured times."""
         choices: dict[str, object] = {}
@@ -157,6 +201,7 @@ class LocalEngine:
         """Give the memory back."""
         self._rows.matrices.clear()
         self._rule_states.clear()
+        self._receivers.clear()
 
     # --- training ---------------------------------------------------------------------------------------
     def train(self, orders: Sequence[Train]) -> list[str]:
@@ -279,14 +324,15 @@ class LocalEngine:
     def merge(self, orders: Sequence[Merge]) -> list[str]:
         answers: list[str] = []
         for tile in _tiles(orders, self._merge_tile):
-            merged = self._merge_together(tile) if self._merges_in_batches else None
+            together = self._merges_in_batches and all(order.rule == ROUND for order in tile)
+            merged = self._merge_together(tile) if together else None
             answers += [self._merge_one(order) for order in tile] if merged is None else merged
         return answers
 
     def _merge_together(self, orders: Sequence[Merge]) -> list[str] | None:
         """None where a weight is out of its range, and nothing is written: one by one it is clear whose."""
         assert self._batched_rule is not None
-        rows, own_rows, _, inputs, _, _ = zip(*orders, strict=True)
+        rows, own_rows, _, inputs, *_ = zip(*orders, strict=True)
         received = list(chain.from_iterable(inputs))
         received_rows, weights, staleness, _ = zip(*received, strict=True) if received else ((),) * 4
         wide = torch.tensor(weights, dtype=torch.float64, device=self._device)
@@ -314,12 +360,21 @@ class LocalEngine:
         self._rows.scatter(self._index(rows), tile)
         return answers
 
+    def _receiver(self, node: int) -> Receiver:
+        """Kept: rules ask for the same samples in every round."""
+        if node not in self._receivers:
+            held_out = None if self._held_out is None else self._held_out[node]
+            self._receivers[node] = make_receiver(self._task, self._model, held_out, self._own_parts[node])
+        return self._receivers[node]
+
     def _merge_one(self, order: Merge) -> str:
         """As the daemon's `node.compute.Work` does."""
         try:
             # Copies: what a rule remembers must not change when the row is used again.
             own = self._rows.views(self._rows.gather(self._index([order.own])))
-            local = Contribution(_first(own), weight=order.own_weight, source="own")
+            local = Local(
+                _first(own), weight=order.own_weight, source="own", receiver=self._receiver(order.node)
+            )
             contributions = [
                 Contribution(
                     _first(self._rows.views(self._rows.gather(self._index([item.row])))),
@@ -329,11 +384,12 @@ class LocalEngine:
                 )
                 for item in order.inputs
             ]
-            life, state = self._rule_states.get(order.node, (order.life, None))
+            rule, key = self._rules[order.rule], (order.node, order.rule)
+            life, state = self._rule_states.get(key, (order.life, None))
             if state is None or life != order.life:
-                state = self._rule.init(local.params)
-            params, state = merge(self._rule, contributions, state, local)
-            self._rule_states[order.node] = (order.life, state)
+                state = rule.init(local.params)
+            params, state = merge(rule, contributions, state, local)
+            self._rule_states[key] = (order.life, state)
             self._rows.put(order.row, params)
             insane = self._rows.insane(self._rows.gather(self._index([order.row])))
             if insane:

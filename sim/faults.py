@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from protocols.final_merge import num_stages
 from protocols.gossip import GossipSettings
 from sim.checkers import Limits, Liveness
 from sim.scenarios import Scenario
@@ -188,6 +189,7 @@ def draw_faults(seed: int) -> Adversity:
     rng = random.Random(seed)
     stops_at_s = rng.randint(20, 60)
     tables = _healthy(rng, seed)
+    tables["gossip"] |= _schedule(random.Random(f"{seed} schedule"), tables["gossip"]["rounds"])
     kinds = [name for name, (share, _) in FAULTS.items() if rng.random() < share]
     for name in kinds:
         FAULTS[name][1](rng, tables, stops_at_s)
@@ -236,6 +238,27 @@ def _healthy(rng: random.Random, seed: int) -> Tables:
         "churn": {"join_within_s": rng.choice([0.0, 1.0, 8.0])},
         "evaluation": {"share": rng.choice([0.2, 1.0]), "every": rng.choice([1, 3])},
     }
+
+
+def _schedule(rng: random.Random, rounds: int) -> Tables:
+    """When there are exchanges, and what comes after the last. By a generator of its own: old seeds draw all else as ever."""
+    tables: Tables = {}
+    if rng.random() < 0.3:
+        tables["exchange_every"] = rng.choice([2, 3, 7])
+    if rng.random() < 0.2:
+        tables["window_s"] = rng.choice([0.3, 1.0, 5.0])
+    if rng.random() < 0.2:
+        tables["fanout"] = rng.choice([0.2, 1.5])
+    if rounds and rng.random() < 0.3:
+        dense_from = rng.choice([0.0, 0.3, 0.5, 0.9])
+        tables["dense_from"] = dense_from
+        tables["dense_until"] = rng.choice([1.0, round(dense_from + 0.05, 2)])
+        tables["sparse_fanout"] = rng.choice([0, 0.2, 1, 1.5])
+    if rounds and rng.random() < 0.5:
+        tables["final_merge"] = rng.choice(["butterfly", "aggregator"])
+        tables["final_deadline_s"] = rng.choice([0.5, 2.0, 5.0])
+        tables["final_keep"] = rng.choice(["merged", "better"])
+    return tables
 
 
 def _learn(tables: Tables) -> None:
@@ -309,7 +332,7 @@ def liveness_of(adversity: Adversity) -> Liveness:
 def _with_end(scenario: Scenario, stops_at_s: float) -> Scenario:
     """Time enough for all rounds after the faults, or, without a last round, for a few, and for all links."""
     gossip: GossipSettings = scenario.gossip
-    rounds_s = (gossip.rounds or 3) * _round_s(scenario) + gossip.wait_at_most_s * _DRIFT
+    rounds_s = (gossip.rounds or 3) * _round_s(scenario) + gossip.wait_at_most_s * _DRIFT + _final_s(scenario)
     return msgspec.structs.replace(
         scenario, at_most_s=stops_at_s + max(rounds_s, _links_s(scenario)) + SLACK_S
     )
@@ -323,8 +346,18 @@ _REST_S = 5.0
 
 def _round_s(scenario: Scenario) -> float:
     gossip = scenario.gossip
-    waits_s = gossip.deadline_s + max(gossip.pause_s, _REST_S)
+    waits_s = (gossip.window_s or gossip.deadline_s) + max(gossip.pause_s, _REST_S)
     return _slowest(scenario) * sum(_durations(scenario)) + waits_s * _DRIFT + SLACK_S
+
+
+def _final_s(scenario: Scenario) -> float:
+    """The others are awaited, then every stage, or the result of a session that began before."""
+    gossip = scenario.gossip
+    if gossip.final_merge == "none":
+        return 0.0
+    stages = num_stages(gossip.final_merge, scenario.nodes)
+    work_s = _slowest(scenario) * sum(_durations(scenario)) * (stages + 3)
+    return (2 * stages + 3) * gossip.final_deadline_s * _DRIFT + work_s + SLACK_S
 
 
 def _links_s(scenario: Scenario) -> float:

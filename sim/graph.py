@@ -65,10 +65,17 @@ class _Trained(Value):
 
 
 class _Merged(Value):
-    __slots__ = ("inputs", "life", "node", "own", "own_weight")
+    __slots__ = ("inputs", "life", "node", "own", "own_weight", "rule")
 
     def __init__(
-        self, free: list[int], own: Value, own_weight: float, inputs: Sequence[Received], node: int, life: int
+        self,
+        free: list[int],
+        own: Value,
+        own_weight: float,
+        inputs: Sequence[Received],
+        node: int,
+        life: int,
+        rule: str,
     ) -> None:
         super().__init__(free)
         self.own: Value | None = own
@@ -76,6 +83,7 @@ class _Merged(Value):
         self.inputs = inputs
         self.node = node
         self.life = life
+        self.rule = rule
 
 
 _Put = _Began | _Trained | _Merged
@@ -87,6 +95,7 @@ class _UnderWay(NamedTuple):
 
     metrics: list[Metrics]
     distances: list[Metrics]
+    merged: list[Metrics]
     to_tell: list[Callable[[], None]]
 
 
@@ -98,7 +107,13 @@ class Learning(Protocol):
     def train(self, source: Value, node: int, round_: int) -> Value: ...
 
     def merge(
-        self, own: Value, own_weight: float, inputs: Sequence[Received], node: int, life: int
+        self,
+        own: Value,
+        own_weight: float,
+        inputs: Sequence[Received],
+        node: int,
+        life: int,
+        rule: str = "round",
     ) -> Value: ...
 
     def measure(self, value: Value, node: int) -> Metrics:
@@ -106,6 +121,9 @@ class Learning(Protocol):
 
     def consensus(self, values: Sequence[Value]) -> Metrics:
         """`distance`, by the time `flush` returns: how far these models are from their mean."""
+
+    def merged(self, values: Sequence[Value]) -> Metrics:
+        """The task's metrics of the mean of these models, by the time `flush` returns. It becomes nobody's model."""
 
     def later(self, tell: Callable[[], None]) -> None:
         """Have `tell` called once all that was ordered so far is computed; what came first is told first."""
@@ -135,6 +153,7 @@ class Graph:
         self._pending: list[weak[_Put]] = []
         self._measures: list[tuple[Value, int, Metrics]] = []
         self._comparisons: list[tuple[tuple[Value, ...], Metrics]] = []
+        self._means: list[tuple[tuple[Value, ...], Metrics]] = []
         self._to_tell: list[Callable[[], None]] = []
         self._under_way: _UnderWay | None = None
         self._free: list[int] = []
@@ -152,8 +171,16 @@ class Graph:
     def train(self, source: Value, node: int, round_: int) -> Value:
         return self._add(_Trained(self._free, source, node, round_))
 
-    def merge(self, own: Value, own_weight: float, inputs: Sequence[Received], node: int, life: int) -> Value:
-        return self._add(_Merged(self._free, own, own_weight, inputs, node, life))
+    def merge(
+        self,
+        own: Value,
+        own_weight: float,
+        inputs: Sequence[Received],
+        node: int,
+        life: int,
+        rule: str = "round",
+    ) -> Value:
+        return self._add(_Merged(self._free, own, own_weight, inputs, node, life, rule))
 
     def measure(self, value: Value, node: int) -> Metrics:
         answer = Metrics()
@@ -163,6 +190,11 @@ class Graph:
     def consensus(self, values: Sequence[Value]) -> Metrics:
         answer = Metrics()
         self._comparisons.append((tuple(values), answer))
+        return answer
+
+    def merged(self, values: Sequence[Value]) -> Metrics:
+        answer = Metrics()
+        self._means.append((tuple(values), answer))
         return answer
 
     def later(self, tell: Callable[[], None]) -> None:
@@ -191,14 +223,16 @@ class Graph:
             steps=steps,
             measures=[Measure(value.row, node) for value, node, _ in self._measures],
             comparisons=[[value.row for value in values] for values, _ in self._comparisons],
+            merged=[[value.row for value in values] for values, _ in self._means],
         )
         self._computer.submit(program)
         self._under_way = _UnderWay(
             metrics=[metrics for _, _, metrics in self._measures],
             distances=[metrics for _, metrics in self._comparisons],
+            merged=[metrics for _, metrics in self._means],
             to_tell=self._to_tell,
         )
-        self._measures, self._comparisons, self._to_tell = [], [], []
+        self._measures, self._comparisons, self._means, self._to_tell = [], [], [], []
 
     def _plan(self) -> list[tuple[list[Begin], list[Train], list[Merge]]]:
         """Turn what is pending into steps, and give every value its row.
@@ -230,7 +264,9 @@ class Graph:
             elif type(value) is _Merged and value.own is not None:
                 inputs = [MergeInput(v.row, weight, stale, peer) for v, weight, stale, peer in value.inputs]
                 own = value.own.row
-                step[2].append(Merge(row, own, value.own_weight, tuple(inputs), value.node, value.life))
+                step[2].append(
+                    Merge(row, own, value.own_weight, tuple(inputs), value.node, value.life, value.rule)
+                )
             elif type(value) is _Began:
                 step[0].append(Begin(row, value.seed))
         # Only now: no row of this step may be read and given away in it.
@@ -253,6 +289,8 @@ class Graph:
             metrics.update(found)
         for metrics, distance in zip(under_way.distances, answers.distances, strict=True):
             metrics["distance"] = distance
+        for metrics, found in zip(under_way.merged, answers.merged, strict=True):
+            metrics.update(found)
         for tell in under_way.to_tell:
             tell()
 
@@ -296,13 +334,24 @@ class Surrogate:
     def train(self, source: Value, node: int, round_: int) -> Value:
         return self._nothing
 
-    def merge(self, own: Value, own_weight: float, inputs: Sequence[Received], node: int, life: int) -> Value:
+    def merge(
+        self,
+        own: Value,
+        own_weight: float,
+        inputs: Sequence[Received],
+        node: int,
+        life: int,
+        rule: str = "round",
+    ) -> Value:
         return self._nothing
 
     def measure(self, value: Value, node: int) -> Metrics:
         return Metrics()
 
     def consensus(self, values: Sequence[Value]) -> Metrics:
+        return Metrics()
+
+    def merged(self, values: Sequence[Value]) -> Metrics:
         return Metrics()
 
     def later(self, tell: Callable[[], None]) -> None:

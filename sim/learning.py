@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from msgspec import Struct
 
@@ -84,15 +84,29 @@ def make_engine(scenario: Scenario, base: Path) -> tuple["LocalEngine", Facts]:
     """
     from sim.engine import LocalEngine
 
-    task, parts, facts = _read(scenario, base)
+    task, parts, held_out, facts = _read(scenario, base)
     names = [peer_name(index) for index in range(scenario.nodes)]
-    rule = rule_specs(scenario.rule)
-    engine = LocalEngine(task, parts, scenario.training, rule, scenario.seed, scenario.compute, names)
+    engine = LocalEngine(
+        task,
+        parts,
+        scenario.training,
+        rule_specs(scenario.rule),
+        scenario.seed,
+        scenario.compute,
+        names,
+        final_rule=_final_rule(scenario),
+        held_out=held_out,
+    )
     return engine, facts
 
 
-def _read(scenario: Scenario, base: Path) -> tuple["Task", list["Indices"], Facts]:
-    """The whole task, each node's training samples, and what a world knows of them."""
+def _final_rule(scenario: Scenario) -> tuple[str | dict[str, Any], ...] | None:
+    return None if scenario.gossip.final_merge == "none" else rule_specs(scenario.final_rule)
+
+
+def _read(scenario: Scenario, base: Path) -> tuple["Task", list["Indices"], list["Indices"] | None, Facts]:
+    """The whole task, each node's training samples, those that it judges by where it does, and what a world knows."""
+    from node.merging import build_rules, hold_out, judges
     from node.settings import Partition
     from node.task_loading import make_task
     from node.tasks import initial_params, partition_indices
@@ -115,6 +129,12 @@ def _read(scenario: Scenario, base: Path) -> tuple["Task", list["Indices"], Fact
             problem = f"{scenario.nodes} are more than the {num_samples} training samples to deal"
             raise ConfigError("nodes", problem, [f"1 to {num_samples}", "more with data.samples_per_node"])
         parts = partition_indices(task, partition)
+    final_rule = _final_rule(scenario)
+    held_out = None
+    judges_final = scenario.gossip.final_keep == "better"
+    if judges(build_rules(rule_specs(scenario.rule), final_rule, judges_final)):
+        both = [hold_out(part, scenario.training.validation) for part in parts]
+        parts, held_out = [own for own, _ in both], [held for _, held in both]
     params = initial_params(task, scenario.seed)
     facts = Facts(
         task_name=task.name,
@@ -122,7 +142,7 @@ def _read(scenario: Scenario, base: Path) -> tuple["Task", list["Indices"], Fact
         model_bytes=len(encode_params(params)),
         num_samples=[len(part) for part in parts],
     )
-    return task, parts, facts
+    return task, parts, held_out, facts
 
 
 @contextmanager
@@ -153,7 +173,12 @@ class _Nothing:
 
     def answers(self) -> Answers:
         program = self._asked.pop(0)
-        return Answers([], [{} for _ in program.measures], [math.nan for _ in program.comparisons])
+        return Answers(
+            failures=[],
+            metrics=[{} for _ in program.measures],
+            distances=[math.nan for _ in program.comparisons],
+            merged=[{} for _ in program.merged],
+        )
 
     def describe(self) -> dict[str, object]:
         return {"nothing": True}
@@ -164,7 +189,7 @@ class _Nothing:
 
 def compute_nothing(scenario: Scenario, base: Path) -> tuple[Computer, Facts]:
     """A `MakeComputer` for those who only want the trace, which no value has a part in."""
-    return _Nothing(), _read(scenario, base)[2]
+    return _Nothing(), _read(scenario, base)[3]
 
 
 def plan_learning(

@@ -39,6 +39,7 @@ class Merge(NamedTuple):
     """One merge of `node`: its own trained model in `own`, the received ones, into `row`.
 
     life: counts the node's restarts; what a rule remembers between merges belongs to one life.
+    rule: as in `protocols.events.Aggregate`.
     """
 
     row: int
@@ -47,6 +48,7 @@ class Merge(NamedTuple):
     inputs: tuple[MergeInput, ...]
     node: int
     life: int
+    rule: str = "round"
 
 
 class Measure(NamedTuple):
@@ -62,24 +64,27 @@ class Program(Struct, frozen=True, array_like=True):
     num_rows: rows that the engine needs room for.
     steps: one of the three lists of each step holds its orders, the others are empty.
     comparisons: rows whose consensus distance is wanted, each list for itself.
+    merged: rows whose mean is to be measured, each list for itself.
     """
 
     num_rows: int
     steps: list[tuple[list[Begin], list[Train], list[Merge]]]
     measures: list[Measure]
     comparisons: list[list[int]]
+    merged: list[list[int]] = []
 
 
 class Answers(Struct, frozen=True, array_like=True):
     """What came of a program.
 
     failures: node and reason of every training and merge that gave nothing usable.
-    metrics, distances: of its measures and comparisons, in their order.
+    metrics, distances, merged: of its measures, comparisons and means, in their order.
     """
 
     failures: list[tuple[int, str]]
     metrics: list[dict[str, float]]
     distances: list[float]
+    merged: list[dict[str, float]] = []
 
 
 class Engine(Protocol):
@@ -105,6 +110,9 @@ class Engine(Protocol):
     def consensus(self, rows: Sequence[int]) -> float:
         """Consensus distance: the root mean square distance of these models to their mean."""
 
+    def merged(self, rows: Sequence[int]) -> dict[str, float]:
+        """The task's metrics of the mean of these models, which changes none of them. {} where measuring raises."""
+
     def describe(self) -> dict[str, object]:
         """What was chosen and why, for the operator: device, threads, batching, tile, measured times."""
 
@@ -126,6 +134,7 @@ def run_program(engine: Engine, program: Program) -> Answers:
         failures=failures,
         metrics=engine.measure(program.measures) if program.measures else [],
         distances=[engine.consensus(rows) for rows in program.comparisons],
+        merged=[engine.merged(rows) for rows in program.merged],
     )
 
 

@@ -229,7 +229,8 @@ class Canvas:
 
     def __init__(self, run: Run) -> None:
         times = [run.result.get("virtual_s") or 0.0]
-        times += [rows[-1].at_s for rows in (run.rounds, run.samples, run.consensus, run.notes) if rows]
+        series = (run.rounds, run.samples, run.consensus, run.merged, run.notes)
+        times += [rows[-1].at_s for rows in series if rows]
         self.end_s = max(times) or 1.0
         self.scale = _time_scale(self.end_s)
         self.marks = [note for note in run.notes if note.node is None]
@@ -345,6 +346,10 @@ def _accuracy_plots(run: Run, canvas: Canvas) -> Iterator[Plot]:
         f"Line: mean of the {count} evaluated nodes' latest value. Band: from the worst to the best node. "
         "Nodes long silent are left out."
     )
+    means = [row for row in run.merged if math.isfinite(row.accuracy)]
+    if means:
+        caption += " Dashed: the mean of all their models, which no node has."
+        says += f"; the mean of their models ended at {means[-1].accuracy:.3f}"
 
     def draw_over(axes: Any, x: Floats) -> None:
         axes.fill_between(x, band.low, band.high, color=LIGHT["c1"], alpha=0.18, linewidth=0)
@@ -354,6 +359,14 @@ def _accuracy_plots(run: Run, canvas: Canvas) -> Iterator[Plot]:
 
     def over_time(axes: Any) -> None:
         draw_over(axes, canvas.x(band.times_s))
+        if means:
+            axes.plot(
+                *_thinned(canvas.x([row.at_s for row in means]), np.array([row.accuracy for row in means])),
+                color=LIGHT["c2"],
+                linestyle=(0, (5, 2)),
+            )
+            low, high = axes.get_ylim()
+            axes.set_ylim(min(low, *(row.accuracy for row in means)), high)
         canvas.frame(axes, name, written=True)
 
     yield Plot(

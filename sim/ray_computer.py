@@ -48,6 +48,7 @@ class Job(Struct, array_like=True):
     num_rows: that it needs room for.
     imports: for each block of models that comes along, the rows it fills.
     comparisons: as in a program, each with the rows that this shard holds of it.
+    merged: as in a program.
     """
 
     num_rows: int = 0
@@ -57,6 +58,7 @@ class Job(Struct, array_like=True):
     merges: list[Merge] = []
     measures: list[Measure] = []
     comparisons: list[list[int]] = []
+    merged: list[list[int]] = []
 
 
 class Spread(NamedTuple):
@@ -73,6 +75,7 @@ class Done(NamedTuple):
     failures: list[tuple[int, str]]
     metrics: list[dict[str, float]]
     spreads: list[Spread]
+    merged: list[dict[str, float]]
 
 
 class Part(Struct):
@@ -80,7 +83,7 @@ class Part(Struct):
 
     moves: from which other shards it needs models first: their rows there, and those that they fill here.
     orders: of every training and merge its place in the program and its node.
-    measures: of every measurement its place in the program.
+    measures, means: of every measurement and every mean its place in the program.
     """
 
     shard: int
@@ -88,6 +91,7 @@ class Part(Struct):
     moves: dict[int, tuple[list[int], list[int]]] = {}
     orders: list[tuple[int, int]] = []
     measures: list[int] = []
+    means: list[int] = []
 
 
 # --- planning -------------------------------------------------------------------------------------------
@@ -158,6 +162,11 @@ class Sharding:
             for row in rows:
                 part = self._holder(row)
                 part.job.comparisons[-1].append(self._read(row, part))
+        for place, rows in enumerate(program.merged):
+            # One shard gets all of them: a mean is measured as a whole.
+            part = self._holder(rows[0])
+            part.job.merged.append([self._read(row, part) for row in rows])
+            part.means.append(place)
         return [*steps, self._close()]
 
     def _open(self) -> None:
@@ -171,7 +180,11 @@ class Sharding:
         for part in self._parts:
             part.job.num_rows = self._num_rows[part.shard]
             part.job.imports = [ours for _, ours in part.moves.values()]
-        return [part for part in self._parts if part.orders or part.measures or any(part.job.comparisons)]
+        return [
+            part
+            for part in self._parts
+            if part.orders or part.measures or part.means or any(part.job.comparisons)
+        ]
 
     def _holder(self, row: int) -> Part:
         shard, _ = self._places.get(row, (row % self.num_shards, 0))
@@ -282,6 +295,7 @@ class Actor:
             failures=[(place, detail) for place, detail in enumerate(details) if detail],
             metrics=engine.measure(job.measures),
             spreads=[self._spread(rows) for rows in job.comparisons],
+            merged=[engine.merged(rows) for rows in job.merged],
         )
 
     def describe(self) -> dict[str, object]:
@@ -340,10 +354,13 @@ class RayComputer:
         failures: list[tuple[int, int, str]] = []
         metrics: list[dict[str, float]] = [{}] * len(program.measures)
         spreads: list[list[Spread]] = [[] for _ in program.comparisons]
+        merged: list[dict[str, float]] = [{}] * len(program.merged)
         for part, done in zip(parts, found, strict=True):
             failures += [(*part.orders[place], detail) for place, detail in done.failures]
             for place, measured in zip(part.measures, done.metrics, strict=True):
                 metrics[place] = measured
+            for place, measured in zip(part.means, done.merged, strict=True):
+                merged[place] = measured
             for index, spread in enumerate(done.spreads):
                 if spread.num_models:
                     spreads[index].append(spread)
@@ -351,6 +368,7 @@ class RayComputer:
             failures=[(node, detail) for _, node, detail in sorted(failures)],
             metrics=metrics,
             distances=[overall_distance(groups) for groups in spreads],
+            merged=merged,
         )
 
     def describe(self) -> dict[str, object]:

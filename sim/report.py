@@ -114,6 +114,10 @@ def _headline(run: Run) -> Iterator[tuple[str, str, str]]:
     if have("accuracy_mean", "accuracy_min", "accuracy_max"):
         low, high = result["accuracy_min"], result["accuracy_max"]
         yield "Accuracy", f"{result['accuracy_mean']:.3f}", f"{low:.3f} to {high:.3f} over the nodes"
+    if have("merged_accuracy"):
+        yield "Mean of the models", f"{result['merged_accuracy']:.3f}", "accuracy at the end; no node has it"
+    if have("final_merged_accuracy"):
+        yield "Final merge", f"{result['final_merged_accuracy']:.3f}", "accuracy, mean over the nodes"
     if have("nodes", "finished"):
         yield (
             "Nodes",

@@ -41,7 +41,7 @@ class SampleRow(Struct, frozen=True):
 
 
 class RoundRow(Struct, frozen=True):
-    """One evaluated round of one node."""
+    """One evaluated round of one node. The final merge stands as one more round, with what the node went on with."""
 
     at_s: float
     node: int
@@ -58,6 +58,14 @@ class ConsensusRow(Struct, frozen=True):
     at_s: float
     nodes: int
     distance: float
+
+
+class MergedRow(Struct, frozen=True):
+    """What the mean of the evaluated nodes' models would be worth: the task's first metric, of a model that nobody has."""
+
+    at_s: float
+    nodes: int
+    accuracy: float
 
 
 class NoteRow(Struct, frozen=True):
@@ -120,6 +128,10 @@ class Result(Struct, frozen=True):
     """Nodes that did all their rounds."""
     timeline_left: int
     """Lines of the timeline that come after the end."""
+    merged_accuracy: float | None = None
+    """Of the mean of the evaluated nodes' models, measured last (`evaluation.merged`)."""
+    final_merged_accuracy: float | None = None
+    """Mean over the nodes of the final merge's model, as each of them measured its own, whether it kept it or not."""
 
 
 class Run(Struct, frozen=True):
@@ -136,6 +148,7 @@ class Run(Struct, frozen=True):
     notes: list[NoteRow]
     overlay: Overlay | None
     blocks: list[TraceBlock]
+    merged: list[MergedRow] = []
 
     @property
     def partial(self) -> bool:
@@ -149,6 +162,7 @@ OVERLAY_FILE = "overlay.json"
 ROUNDS_FILE = "rounds.jsonl"
 SAMPLES_FILE = "samples.csv"
 CONSENSUS_FILE = "consensus.csv"
+MERGED_FILE = "merged.csv"
 NOTES_FILE = "notes.jsonl"
 TRACE_FILE = "trace.jsonl"
 REPORT_FILE = "report.html"
@@ -160,6 +174,7 @@ RUN_FILES = (
     ROUNDS_FILE,
     SAMPLES_FILE,
     CONSENSUS_FILE,
+    MERGED_FILE,
     NOTES_FILE,
     TRACE_FILE,
     REPORT_FILE,
@@ -195,6 +210,7 @@ class ResultsWriter:
             self._rounds = self._open(ROUNDS_FILE)
             self._samples = self._open(SAMPLES_FILE)
             self._consensus = self._open(CONSENSUS_FILE)
+            self._merged = self._open(MERGED_FILE)
             self._notes = self._open(NOTES_FILE)
             self._trace = self._open(TRACE_FILE)
         except OSError as error:
@@ -202,8 +218,10 @@ class ResultsWriter:
             raise ConfigError("--out", f"{folder} cannot be written ({error.strerror})") from error
         self._sample_csv = csv.writer(self._samples, lineterminator="\n")
         self._consensus_csv = csv.writer(self._consensus, lineterminator="\n")
+        self._merged_csv = csv.writer(self._merged, lineterminator="\n")
         self._sample_csv.writerow(_SAMPLE_COLUMNS)
         self._consensus_csv.writerow(ConsensusRow.__struct_fields__)
+        self._merged_csv.writerow(MergedRow.__struct_fields__)
         self.flush()
 
     def _open(self, name: str) -> TextIO:
@@ -227,6 +245,10 @@ class ResultsWriter:
         """A measured consensus distance."""
         self._consensus_csv.writerow(msgspec.structs.astuple(row))
 
+    def merged(self, row: MergedRow) -> None:
+        """The measured mean of models."""
+        self._merged_csv.writerow(msgspec.structs.astuple(row))
+
     def note(self, row: NoteRow) -> None:
         """A mark on the time axis."""
         self._notes.write(_line(row))
@@ -237,7 +259,14 @@ class ResultsWriter:
 
     def flush(self) -> None:
         """Hand every row so far to the system: a crash of this process loses none of them."""
-        for file in (self._rounds, self._samples, self._consensus, self._notes, self._trace):
+        for file in (
+            self._rounds,
+            self._samples,
+            self._consensus,
+            self._merged,
+            self._notes,
+            self._trace,
+        ):
             file.flush()
 
     def finish(self, result: Result, timing: Mapping[str, Any], overlay: Overlay) -> None:
@@ -330,6 +359,10 @@ def read_run(folder: Path) -> Run:
         notes=_read_lines(folder / NOTES_FILE, NoteRow),
         overlay=overlay,
         blocks=_read_lines(folder / TRACE_FILE, TraceBlock),
+        # Older runs have none.
+        merged=_read_csv(folder / MERGED_FILE, MergedRow, MergedRow.__struct_fields__)
+        if (folder / MERGED_FILE).exists()
+        else [],
     )
 
 

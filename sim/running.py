@@ -18,6 +18,7 @@ from sim.learning import MakeComputer, compute_here
 from sim.results import (
     REPORT_FILE,
     ConsensusRow,
+    MergedRow,
     NoteRow,
     Result,
     ResultsWriter,
@@ -57,6 +58,9 @@ class _ToFolder(Observer):
 
     def consensus(self, row: ConsensusRow) -> None:
         self._writer.consensus(row)
+
+    def merged(self, row: MergedRow) -> None:
+        self._writer.merged(row)
 
     def note(self, row: NoteRow) -> None:
         self._writer.note(row)

@@ -144,14 +144,15 @@ def validate_rule(scenario: Scenario) -> None:
     """Whether the merge rules exist and fit together. Imports torch.
 
     Raises:
-        ConfigError: at `rule`.
+        ConfigError: at `rule` or `final_rule`.
     """
     from aggregation.rules import build
 
-    try:
-        build(rule_specs(scenario.rule))
-    except ValueError as error:
-        raise ConfigError("rule", str(error)) from error
+    for path, rule in (("rule", scenario.rule), ("final_rule", scenario.final_rule)):
+        try:
+            build(rule_specs(rule))
+        except ValueError as error:
+            raise ConfigError(path, str(error)) from error
 
 
 def _check_timeline(scenario: Scenario) -> None:

@@ -26,9 +26,9 @@ class DataSettings(Struct, frozen=True, forbid_unknown_fields=True):
     """A built-in task, or `my_task.py:make_task`."""
     options: dict[str, Any] = {}
     """What the task takes, as in a node's config; for `digits` `hidden = [32]`."""
-    partitioner: Literal["iid", "dirichlet", "shard"] = "iid"
+    partitioner: Literal["iid", "dirichlet", "shard", "class"] = "iid"
     """How samples are dealt: `iid` to begin with, `dirichlet` for the usual skewed labels, `shard` for a few classes
-    each."""
+    each, `class` where no two nodes share a class."""
     alpha: Annotated[float, Meta(gt=0)] = 0.5
     """Of the Dirichlet split: 0.1 is very skewed, 100 nearly even."""
     shards_per_node: Annotated[int, Meta(ge=1)] = 2
@@ -94,6 +94,9 @@ class EvaluationSettings(Struct, frozen=True, forbid_unknown_fields=True):
     """Virtual time between two rows of `samples.csv`. It doubles after every 500 rows."""
     consensus: bool = True
     """Measure how far the evaluated nodes' models are from each other."""
+    merged: bool = False
+    """Measure, at every sample, the mean of the evaluated nodes' models, which none of them has. It shows what a final
+    merge would give where the nodes' own accuracies are low. One evaluation more a sample; nothing else changes."""
 
 
 class ComputeSettings(Struct, frozen=True, forbid_unknown_fields=True):
@@ -131,6 +134,8 @@ class Scenario(Struct, frozen=True, forbid_unknown_fields=True):
     rule: str | tuple[str | dict[str, Any], ...] = "corrected"
     """Merge rules in order, as in a node's config. A string joins names with `+`; `corrected` is short for
     `mean+variance.corrected`."""
+    final_rule: str | tuple[str | dict[str, Any], ...] = "fedavg"
+    """The same for the merge after the last round (`gossip.final_merge`)."""
     timeline: tuple[str, ...] = ()
     """What befalls the network: `at 120 s: crash 30 %`, `at 300 s: partition a|b`, `at 400 s: heal`."""
     data: DataSettings = field(default_factory=DataSettings)

@@ -41,6 +41,8 @@ HEADLINE = (
     "accuracy_mean",
     "accuracy_min",
     "accuracy_max",
+    "merged_accuracy",
+    "final_merged_accuracy",
     "consensus_distance",
     "node_rounds",
     "finished",
@@ -52,7 +54,16 @@ HEADLINE = (
     "trace_hash",
 )
 """What the table says of each cell."""
-AVERAGED = ("accuracy_mean", "accuracy_min", "consensus_distance", "bytes_sent", "virtual_s", "wall_s")
+AVERAGED = (
+    "accuracy_mean",
+    "accuracy_min",
+    "merged_accuracy",
+    "final_merged_accuracy",
+    "consensus_distance",
+    "bytes_sent",
+    "virtual_s",
+    "wall_s",
+)
 
 
 # --- the grid -------------------------------------------------------------------------------------------

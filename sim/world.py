@@ -11,7 +11,7 @@ import random
 import statistics
 import sys
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -32,6 +32,7 @@ from protocols.events import (
     Evaluated,
     Event,
     Fetch,
+    FinalMergeDone,
     Forget,
     Halt,
     Keep,
@@ -50,7 +51,15 @@ from protocols.events import (
     Trouble,
 )
 from protocols.view import ViewSettings
-from protocols.vocabulary import DIGEST_BYTES, MAX_ROUND, ModelRef, PeerId, PeerRecord, SchemaHash
+from protocols.vocabulary import (
+    DIGEST_BYTES,
+    MAX_ROUND,
+    MAX_SAMPLES,
+    ModelRef,
+    PeerId,
+    PeerRecord,
+    SchemaHash,
+)
 from sim import timeline
 from sim.churn import Change, ChurnEvent, draw_schedule
 from sim.clock import VirtualClock
@@ -61,6 +70,7 @@ from sim.links import SimNetwork, SimPort, sim_address
 from sim.nat import Nat
 from sim.results import (
     ConsensusRow,
+    MergedRow,
     NoteRow,
     Overlay,
     OverlayNode,
@@ -77,7 +87,7 @@ BLOCK_EVENTS = 1024
 """Events between two marks of the running trace hash."""
 ACTIONS_PER_TELLING = 4096
 """Of the clock, between two calls of a run's `progress`."""
-MAX_SAMPLES = 500
+MAX_ROWS = 500
 """Rows of samples after which the time between two of them doubles."""
 MAX_CONSENSUS = 64
 """Models compared in one measurement of the consensus distance."""
@@ -97,6 +107,8 @@ class Observer:
     def sample(self, row: SampleRow) -> None: ...
 
     def consensus(self, row: ConsensusRow) -> None: ...
+
+    def merged(self, row: MergedRow) -> None: ...
 
     def note(self, row: NoteRow) -> None: ...
 
@@ -122,6 +134,7 @@ class SimNode:
     """One node: its core while it is online, and what outlives a crash."""
 
     __slots__ = (
+        "accepted",
         "accuracy",
         "backlog",
         "changes",
@@ -136,6 +149,7 @@ class SimNode:
         "held",
         "index",
         "last_accuracy",
+        "merged_accuracy",
         "num_models",
         "num_samples",
         "peer",
@@ -171,6 +185,10 @@ class SimNode:
         """By round."""
         self.last_accuracy: float | None = None
         """After a lost disk this is not the highest round's."""
+        self.merged_accuracy: float | None = None
+        """Of the final merge's model."""
+        self.accepted: Metrics | None = None
+        """Of what the final merge ended with."""
         self.finished = False
         self.settled = False
         self.changes = 0
@@ -228,6 +246,7 @@ class World:
         self._common: Value | None = None
         """Where all begin from one model, that one."""
         self._consensus: float | None = None
+        self._merged: float | None = None
         self._num_rows = 0
         self._sample_every_s = scenario.evaluation.sample_every_s
         self._train_s = scenario.devices.train_s
@@ -557,12 +576,19 @@ class World:
             for item in effect.inputs
         ]
         value = self._learning.merge(
-            node.held[own.digest], float(own.num_samples), inputs, node.index, node.epoch
+            node.held[own.digest], float(own.num_samples), inputs, node.index, node.epoch, effect.rule
         )
-        self._work(node, self._aggregate_s, Aggregated(effect.token, self._new_ref(node, own.round)), value)
+        ref = self._new_ref(node, own.round)
+        if effect.rule == "final":
+            behind = own.num_samples + sum(item.ref.num_samples for item in effect.inputs)
+            ref = replace(ref, num_samples=min(behind, MAX_SAMPLES))
+        elif effect.rule == "accept" and node.evaluates:
+            node.accepted = self._learning.measure(value, node.index)
+        self._work(node, self._aggregate_s, Aggregated(effect.token, ref), value)
 
     def _evaluate(self, node: SimNode, effect: Evaluate) -> None:
-        metrics = self._learning.measure(node.held[effect.ref.digest], node.index)
+        # At its end every node asks, those too that are not to be measured.
+        metrics = self._learning.measure(node.held[effect.ref.digest], node.index) if node.evaluates else {}
         answer = Evaluated(effect.token, metrics)
         self.clock.after(self._evaluate_s * node.speed, self._handle, node, node.epoch, answer)
 
@@ -591,6 +617,11 @@ class World:
             self.node_rounds += 1
             if isinstance(record.metrics, Metrics):
                 self._learning.later(partial(self._measured_round, now, node, record))
+        elif isinstance(record, FinalMergeDone):
+            if not self.scenario.dry_run:
+                keeps_merged = self.scenario.gossip.final_keep == "merged"
+                went_on_with = record.merged if keeps_merged else node.accepted
+                self._learning.later(partial(self._measured_final, now, node, record, went_on_with))
         elif isinstance(record, LearningDone):
             node.finished = True
             self._settle(node)
@@ -619,11 +650,35 @@ class World:
             )
         )
 
+    def _measured_final(
+        self, at_s: float, node: SimNode, record: FinalMergeDone, accepted: Mapping[str, float] | None
+    ) -> None:
+        """Which model was kept is known only now: the core was answered before anything was computed."""
+        if not (accepted and record.before and record.merged):
+            return
+        name, value = next(iter(accepted.items()))
+        own, merged = record.before[name], record.merged[name]
+        node.merged_accuracy, node.last_accuracy = merged, value
+        kept = "own" if _distance(accepted, record.before) < _distance(accepted, record.merged) else "merged"
+        text = f"final merge of {record.num_members}: {name} {own:.3f}, merged {merged:.3f}, kept {kept}"
+        self.observer.note(NoteRow(at_s, text, node.index))
+        self.observer.round(
+            RoundRow(
+                at_s=at_s,
+                node=node.index,
+                round=self.scenario.gossip.rounds,
+                num_merged=record.num_members - 1,
+                staleness_max=0,
+                duration_s=record.duration_s,
+                metrics=accepted,
+            )
+        )
+
     def _sample(self) -> None:
         """One row of the time series, now and again later."""
         self._sample_now()
         self._num_rows += 1
-        if self._num_rows % MAX_SAMPLES == 0:
+        if self._num_rows % MAX_ROWS == 0:
             self._sample_every_s *= 2
         self.clock.after(self._sample_every_s, self._sample)
 
@@ -641,23 +696,34 @@ class World:
             model_bytes=network.model_bytes,
         )
         self._learning.later(partial(self.observer.sample, row))
-        if self.scenario.evaluation.consensus and not self.scenario.dry_run:
+        if not self.scenario.dry_run:
             self._compare(now)
 
     def _compare(self, now: float) -> None:
+        evaluation = self.scenario.evaluation
         models = [
             node.held[node.core.model.digest]
             for node in self._compared
             if node.core is not None and node.core.model is not None
         ]
-        if len(models) > 1:
+        if len(models) < 2:
+            return
+        if evaluation.consensus:
             found = self._learning.consensus(models)
             self._learning.later(partial(self._measured_consensus, now, len(models), found))
+        if evaluation.merged:
+            found = self._learning.merged(models)
+            self._learning.later(partial(self._measured_merged, now, len(models), found))
 
     def _measured_consensus(self, at_s: float, num_models: int, found: Metrics) -> None:
         if not math.isnan(found["distance"]):
             self._consensus = found["distance"]
             self.observer.consensus(ConsensusRow(at_s, num_models, found["distance"]))
+
+    def _measured_merged(self, at_s: float, num_models: int, found: Metrics) -> None:
+        if found:
+            self._merged = next(iter(found.values()))
+            self.observer.merged(MergedRow(at_s, num_models, self._merged))
 
     # --- the trace --------------------------------------------------------------------------------------
     def _trace(self, now: float, index: int, event: Event) -> None:
@@ -726,6 +792,7 @@ class World:
         self._sample_now()
         self._learning.flush()
         last = self._last_accuracies()
+        final = [node.merged_accuracy for node in self.nodes if node.merged_accuracy is not None]
         by_round: dict[int, list[float]] = defaultdict(list)
         for node in self.nodes:
             for round_, accuracy in node.accuracy.items():
@@ -751,6 +818,8 @@ class World:
             alive=self.num_online,
             finished=self.num_finished,
             timeline_left=self._lines_ahead,
+            merged_accuracy=self._merged,
+            final_merged_accuracy=statistics.fmean(final) if final else None,
         )
 
 
@@ -792,6 +861,10 @@ def _can(node: SimNode, change: Change) -> bool:
             return node.online
         case _:
             assert_never(change)
+
+
+def _distance(one: Mapping[str, float], other: Mapping[str, float]) -> float:
+    return sum(abs(value - other.get(name, value)) for name, value in one.items())
 
 
 def _admit(ref: ModelRef, value: object) -> None:

@@ -96,6 +96,7 @@ def test_the_commands_are_the_ones_the_readme_promises() -> None:
         ("export",),
         ("config", "check"),
         ("config", "show"),
+        ("rules",),
         ("doctor",),
         ("demo",),
         ("sim", "run"),
@@ -349,6 +350,7 @@ STATUS: dict[str, Any] = {
     "round": 5,
     "metrics": {"accuracy": 0.91234, "loss": None},
     "merged": 3,
+    "report": {"align.activation.probe": "256 own samples", "align.activation.moved": 0.87654},
     "live_peers": 2,
     "bytes_sent": 1_500,
     "bytes_received": 2_500_000_000,
@@ -395,6 +397,8 @@ def test_status_tells_what_the_daemon_does(covey: Covey, answers: list[tuple[str
     for text in (
         "12D3KooWMe",
         "round    5 (collecting), merged 3 models last",
+        "merge    align.activation.probe: 256 own samples",
+        "merge    align.activation.moved: 0.8765",
         "accuracy 0.9123  loss not finite",
         "1.5 kB sent, 2.50 GB received",
         "2 schema",
@@ -482,3 +486,39 @@ def test_python_m_node_is_covey() -> None:
         [sys.executable, "-m", "node", "--version"], capture_output=True, text=True, check=True, timeout=60
     )
     assert outcome.stdout.strip() == version("covey")
+
+
+# --- rules ----------------------------------------------------------------------------------------------
+def test_rules_are_listed_with_one_line_each(covey: Covey) -> None:
+    from aggregation.rules import RULES
+
+    lines = covey("rules").out.splitlines()
+
+    assert [line.split()[0] for line in lines] == list(RULES)
+    assert all(entry.summary in line for entry, line in zip(RULES.values(), lines, strict=True))
+
+
+def test_one_rule_is_told_in_full(covey: Covey) -> None:
+    text = covey("rules", "align.activation").out
+
+    assert "needs          network, own samples" in text
+    assert (
+        'rule = [..., {name = "align.activation", probe = "own", samples = 512, reestimate = true}, ...]'
+        in text
+    )
+    assert "arXiv 2404.08079" in text
+
+
+def test_rules_as_json_are_whole(covey: Covey) -> None:
+    everything, one = covey("rules", "--json").json, covey("rules", "choose", "--json").json
+
+    assert one in everything
+    assert one["needs"] == ["network", "validation samples"]
+    assert one["arguments"]["by"] == "loss"
+
+
+def test_a_rule_that_there_is_not_is_refused_with_those_there_are(covey: Covey) -> None:
+    ended = covey("rules", "krum")
+
+    assert ended.code == 2
+    assert "no rule is called 'krum' (allowed: mean, variance.corrected, " in ended.err

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from aggregation.base import Contribution, Params, Rule
 from aggregation.rules import build, merge
-from node import compute
+from node import merging
 from node.compute import StoredModels, Work
 from node.settings import TrainingSettings
 from node.store import BlobStore
@@ -102,7 +102,7 @@ def test_what_a_rule_remembers_is_carried_from_merge_to_merge(monkeypatch: pytes
         seen.append(state)
         return [local], state + 1
 
-    monkeypatch.setattr(compute, "build", lambda specs: Rule(init=lambda params: 100, update=update))
+    monkeypatch.setattr(merging, "build", lambda specs: Rule(init=lambda params: 100, update=update))
     task, models = toy(), Memory()
     ref = models.save(initial_params(task, 1), 0, 20)
     work = make_work(task, models)
@@ -122,7 +122,7 @@ def test_a_failed_merge_leaves_what_the_rule_remembers(monkeypatch: pytest.Monke
             raise ValueError("not this time")
         return [local], state + 1
 
-    monkeypatch.setattr(compute, "build", lambda specs: Rule(init=lambda params: 0, update=update))
+    monkeypatch.setattr(merging, "build", lambda specs: Rule(init=lambda params: 0, update=update))
     task, models = toy(), Memory()
     ref = models.save(initial_params(task, 1), 0, 20)
     work = make_work(task, models)

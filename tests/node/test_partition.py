@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from node.partition import PARTITIONERS, Labels, dirichlet, iid, shard
+from node.partition import PARTITIONERS, Labels, by_class, dirichlet, iid, shard
 from node.randomness import stream
 
 OPTIONS: dict[str, list[dict[str, Any]]] = {
@@ -43,6 +43,18 @@ def test_the_seed_decides_the_parts(name: str, options: dict[str, Any]) -> None:
     first, again, other = (PARTITIONERS[name](labels, 9, stream(seed), **options) for seed in (1, 1, 2))
     assert all(np.array_equal(x, y) for x, y in zip(first, again, strict=True))
     assert not all(np.array_equal(x, y) for x, y in zip(first, other, strict=True))
+
+
+def test_by_class_no_two_nodes_share_a_class_and_all_samples_are_dealt() -> None:
+    labels = np.array([5, 3, 9, 3, 5, 7, 9, 5, 1])  # classes 1, 3, 5, 7, 9
+    parts = by_class(labels, 2, stream(0))
+    assert [np.unique(labels[part]).tolist() for part in parts] == [[1, 5, 9], [3, 7]]
+    assert np.array_equal(np.sort(np.concatenate(parts)), np.arange(len(labels)))
+
+
+def test_by_class_wants_a_class_for_every_node() -> None:
+    with pytest.raises(ValueError, match=r"num_partitions: 3 \(allowed: 1 to 2 for this data\)"):
+        by_class(np.array([0, 1, 1, 0]), 3, stream(0))
 
 
 def test_iid_parts_differ_by_at_most_one_sample() -> None:

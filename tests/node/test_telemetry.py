@@ -3,12 +3,14 @@
 import json
 import logging
 from pathlib import Path
+from typing import Literal
 
+import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from node.telemetry import Telemetry, configure_logging
-from protocols.events import LearningDone, LinkChanged, RoundDone, Trouble
+from protocols.events import FinalMergeDone, LearningDone, LinkChanged, RoundDone, Trouble
 from protocols.vocabulary import PeerId, Reason
 
 PEER = PeerId("12D3KooWSecretPeer")
@@ -55,6 +57,20 @@ def test_every_round_is_one_json_line(telemetry: Telemetry, tmp_path: Path) -> N
         )
     ]
     assert telemetry.last_round == round_of(1, accuracy=0.75, loss=1.5)
+
+
+@pytest.mark.parametrize(("kept", "now"), [("own", 0.5), ("merged", 0.75)])
+def test_the_final_merge_is_one_json_line_and_says_what_the_node_has(
+    telemetry: Telemetry, tmp_path: Path, kept: Literal["own", "merged"], now: float
+) -> None:
+    telemetry.record(round_of(1, accuracy=0.5), 1.0)
+    record = FinalMergeDone(8, 3, 800, {"accuracy": 0.5}, {"accuracy": 0.75}, kept, 2.5)
+    telemetry.record(record, 2.0)
+    line = json.loads((tmp_path / "rounds.jsonl").read_text().splitlines()[-1])
+    assert line == {"at_s": 2.0, "type": "FinalMergeDone", **msgspec.structs.asdict(record)}
+    assert f'covey_model_metric{{metric="accuracy"}} {now}' in telemetry.render().decode()
+    assert telemetry.last_round is not None
+    assert telemetry.last_round.metrics == {"accuracy": now}
 
 
 def test_a_second_run_appends_its_rounds(telemetry: Telemetry, tmp_path: Path) -> None:

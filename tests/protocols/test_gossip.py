@@ -118,8 +118,10 @@ OWN = ref(1)
 
 def at(phase: Phase, **options: object) -> Rig:
     """A node with neighbours A and B, and A's model of round 0, brought to `phase` by events."""
-    if phase is Phase.DONE:
+    if phase in (Phase.FINAL, Phase.DONE):
         options["rounds"] = 1
+    if phase is Phase.FINAL:
+        options["final_merge"] = "butterfly"
     if phase is Phase.PAUSING:
         options["pause_s"] = 10
     if phase is Phase.WAITING:
@@ -437,6 +439,195 @@ def test_inputs_come_in_an_order_that_does_not_depend_on_arrival() -> None:
         assert [item.peer for item in of(Aggregate, out)[0].inputs] == [A, B, C]
 
 
+# --- schedules ------------------------------------------------------------------------------------------
+def run_rounds(rig: Rig, rounds: int) -> list[list[Output]]:
+    """What each of so many rounds answers to its training; a merge and an evaluation follow where they are asked for."""
+    rig.step(Started((), (), OWN))
+    told = []
+    for number in range(rounds):
+        told.append(rig.train(ref(1000 + number, rig.gossip.round)))
+        if rig.gossip.phase is Phase.COLLECTING:
+            rig.deadline()
+        if rig.gossip.phase is Phase.MERGING:
+            rig.step(Aggregated(rig.token, ref(2000 + number, rig.gossip.round)))
+        rig.step(Evaluated(rig.token, {}))
+    return told
+
+
+def asked(told: list[list[Output]], kind: type) -> list[int]:
+    """The rounds that asked for something of this kind."""
+    return [number for number, out in enumerate(told) if of(kind, out)]
+
+
+def test_between_two_exchanges_a_node_only_trains() -> None:
+    rig = Rig(A, B, quorum=1, exchange_every=3)
+    told = run_rounds(rig, 9)
+    assert asked(told, Send) == asked(told, SetTimer) == [2, 5, 8]
+
+
+def test_what_comes_between_two_exchanges_waits_for_the_next() -> None:
+    rig = Rig(A, B, quorum=1, exchange_every=2)
+    rig.step(Started((), (), OWN))
+    assert rig.arrive(A, ref(3)) == []
+    assert rig.train(ref(2)) == [Evaluate(rig.token, ref(2))], "merges nothing, and says nothing of its model"
+    rig.step(Evaluated(rig.token, {}))
+    assert rig.arrive(A, ref(4)) == [Forget(ref(3))], "the newest of each peer"
+    assert rig.arrive(B, ref(5)) == []
+    out = rig.train(ref(6, 1))
+    assert [send.peer for send in of(Send, out)] == [A, B]
+    assert [item.ref for item in of(Aggregate, out)[0].inputs] == [ref(4), ref(5)]
+
+
+def test_neighbours_out_of_phase_are_not_awaited_twice() -> None:
+    """B offers in its rounds 3, 7, 11, which are ours 1, 5, 9: each of our exchanges finds one model of B."""
+    rig = Rig(B, quorum=1, exchange_every=4)
+    rig.step(Started((), (), OWN))
+    merged = []
+    for number in range(12):
+        if number % 4 == 1:
+            rig.arrive(B, ref(3000 + number, number + 2))
+        out = rig.train(ref(1000 + number, rig.gossip.round))
+        assert not of(SetTimer, out), "nobody waits"
+        if of(Aggregate, out):
+            merged.append(number)
+            rig.step(Aggregated(rig.token, ref(2000 + number, number)))
+        rig.step(Evaluated(rig.token, {}))
+    assert merged == [3, 7, 11]
+
+
+def test_a_fraction_of_a_fanout_is_an_expectation() -> None:
+    rig = Rig(A, B, C, quorum=0, fanout=0.2)
+    told = offered(rig, 1_000)
+    assert {len(peers) for peers in told} == {0, 1}
+    assert sum(map(len, told)) == pytest.approx(200, abs=40)
+    told = offered(Rig(A, B, C, quorum=0, fanout=1.5), 1_000)
+    assert {len(peers) for peers in told} == {1, 2}
+    assert sum(map(len, told)) == pytest.approx(1_500, abs=50)
+    assert all(len(set(peers)) == len(peers) for peers in told)
+
+
+@pytest.mark.parametrize("fanout", [1, 2])
+def test_a_whole_fanout_draws_the_same_as_a_whole_number(fanout: int) -> None:
+    assert offered(Rig(A, B, C, quorum=0, fanout=fanout), 50) == offered(
+        Rig(A, B, C, quorum=0, fanout=float(fanout)), 50
+    )
+
+
+def test_outside_the_dense_rounds_nobody_is_told_and_nobody_awaited() -> None:
+    rig = Rig(A, B, quorum=1, rounds=10, dense_from=0.5, dense_until=0.8)
+    for peer in (A, B):
+        rig.view.step(0, Received(peer, Heartbeat(5, True)))
+    told = run_rounds(rig, 10)
+    assert asked(told, Send) == [5, 6, 7]
+    assert asked(told, SetTimer) == [5, 6, 7]
+    assert rig.gossip.phase is Phase.DONE
+
+
+def test_a_sparse_exchange_merges_what_has_come() -> None:
+    rig = Rig(A, B, quorum=1, rounds=10, dense_from=0.5)
+    rig.step(Started((), (), OWN))
+    rig.arrive(A, ref(3))
+    out = rig.train(ref(2))
+    assert out == [Aggregate(rig.token, ref(2), (Input(A, ref(3), 0),))]
+
+
+def test_sparse_exchanges_have_a_fanout_of_their_own() -> None:
+    rig = Rig(A, B, C, quorum=1, rounds=1_000, dense_from=0.5, sparse_fanout=0.5)
+    told = [len([s for s in of(Send, out) if isinstance(s.message, Offer)]) for out in run_rounds(rig, 900)]
+    assert set(told[:500]) == {0, 1}
+    assert sum(told[:500]) == pytest.approx(250, abs=50)
+    assert set(told[500:]) == {3}
+
+
+@pytest.mark.parametrize(
+    ("rounds", "dense_from", "dense_until", "dense"),
+    [
+        (100, 0.55, 1, range(55, 100)),
+        (100, 0.29, 0.57, range(29, 57)),
+        (10, 0.997, 1, range(9, 10)),
+        (10, 0.5, 0.501, range(5, 6)),
+        (1, 0, 0.5, range(1)),
+        (40, 0, 1, range(40)),
+    ],
+)
+def test_the_dense_rounds_are_those_that_the_window_touches(
+    rounds: int, dense_from: float, dense_until: float, dense: range
+) -> None:
+    settings = GossipSettings(rounds=rounds, dense_from=dense_from, dense_until=dense_until)
+    assert settings.dense_rounds() == dense
+
+
+def test_every_round_of_a_node_that_learns_for_ever_is_dense() -> None:
+    assert MAX_ROUND in GossipSettings().dense_rounds()
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"rounds": 5, "dense_from": 0.5, "dense_until": 0.5}, "below dense_until"),
+        ({"rounds": 5, "dense_from": 1.0}, "below dense_until"),
+        ({"dense_from": 0.5}, "shares of rounds"),
+        ({"dense_until": 0.5}, "shares of rounds"),
+        ({"final_merge": "butterfly"}, "after the last round"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(options: dict[str, float], problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        GossipSettings(**options)
+
+
+def dense_rig(**rounds: int) -> Rig:
+    """A node at the start of its dense rounds, 5 to 7 of 10; of its neighbours is known in which round they are."""
+    rig = Rig(*rounds, quorum=1, rounds=10, dense_from=0.5, dense_until=0.8)
+    for peer, round_ in rounds.items():
+        rig.view.step(0, Received(PeerId(peer), Heartbeat(round_, True)))
+    rig.step(Started((), (), ref(1, round_=5)))
+    return rig
+
+
+def test_who_has_left_the_dense_rounds_behind_is_not_awaited() -> None:
+    rig = dense_rig(A=8, B=7)
+    assert of(SetTimer, rig.train(ref(2, 5)))
+    assert of(Aggregate, rig.arrive(B, ref(3, 5))), "A offers nothing any more"
+    assert of(Evaluate, dense_rig(A=8).train(ref(2, 5)))
+
+
+def test_who_comes_to_the_dense_rounds_is_awaited_for_one_deadline() -> None:
+    rig = dense_rig(A=2)
+    assert of(SetTimer, rig.train(ref(2, 5)))
+    rig.deadline()
+    rig.step(Evaluated(rig.token, {}))
+    assert of(SetTimer, rig.train(ref(3, 6))) == [], "not in every round"
+    rig.step(Evaluated(rig.token, {}))
+    rig.view.step(0, Received(A, Offer(ref(9, round_=5))))
+    assert of(SetTimer, rig.train(ref(4, 7))), "now it is there"
+
+
+@pytest.mark.parametrize(("now", "after_s"), [(0.0, 10.0), (3.5, 6.5), (20.0, 10.0), (29.0, 1.0)])
+def test_a_window_merges_at_the_next_multiple_of_its_length(now: float, after_s: float) -> None:
+    rig = at(Phase.TRAINING, window_s=10, quorum=1)
+    rig.now = now
+    out = rig.train(ref(2))
+    assert of(SetTimer, out) == [SetTimer(Timer("learning", "window", rig.token), after_s)]
+    assert rig.arrive(A, ref(3)) == rig.arrive(B, ref(4)) == [], "whatever the quorum"
+    rig.now += after_s
+    out = rig.step(TimerFired(Timer("learning", "window", rig.token)))
+    assert [item.peer for item in of(Aggregate, out)[0].inputs] == [A, B]
+
+
+def test_a_window_holds_without_a_quorum_and_in_sparse_rounds() -> None:
+    for options in ({"quorum": 0}, {"quorum": 1, "rounds": 10, "dense_from": 0.5}):
+        rig = at(Phase.TRAINING, window_s=10, **options)
+        rig.arrive(A, ref(3))
+        assert of(SetTimer, rig.train(ref(2)))
+        assert rig.gossip.phase is Phase.COLLECTING
+
+
+def test_between_two_exchanges_no_window_is_awaited() -> None:
+    rig = at(Phase.TRAINING, window_s=10, exchange_every=2)
+    assert of(Evaluate, rig.train(ref(2)))
+
+
 # --- the end of learning --------------------------------------------------------------------------------
 def test_the_last_round_ends_learning_and_says_so() -> None:
     rig = at(Phase.EVALUATING, rounds=1, keep_every=100, pause_s=10)
@@ -486,6 +677,55 @@ def test_rounds_that_are_skipped_end_learning_too() -> None:
     rig.step(Aggregated(rig.token, ref(4)))
     rig.step(Evaluated(rig.token, {}))
     assert (rig.gossip.phase, rig.gossip.round) == (Phase.DONE, 9)
+
+
+# --- before the final merge (tests/protocols/test_final_merge.py has the rest) ----------------------------
+def test_the_last_round_is_followed_by_the_final_merge() -> None:
+    rig = at(Phase.EVALUATING, rounds=1, final_merge="butterfly", final_deadline_s=7)
+    rig.arrive(B, ref(9))
+    out = rig.step(Evaluated(rig.token, {}))
+    assert out == [
+        Emit(record(out)),
+        Keep(ref(4, round_=1)),
+        Forget(ref(9)),
+        Forget(OWN),
+        Send(A, Heartbeat(1, True)),
+        Send(B, Heartbeat(1, True)),
+        SetTimer(Timer("learning", "gather", rig.token), 7),
+    ]
+    assert rig.exchange.open
+    assert rig.view.active
+
+
+def test_models_of_rounds_mean_nothing_to_the_final_merge() -> None:
+    rig = at(Phase.FINAL)
+    assert rig.arrive(B, ref(70, round_=1)) == [Forget(ref(70, round_=1))]
+
+
+@pytest.mark.parametrize("phase", [phase for phase in Phase if phase not in (Phase.FINAL, Phase.DONE)])
+def test_models_of_the_final_merge_mean_nothing_to_rounds(phase: Phase) -> None:
+    rig = at(phase, rounds=5, final_merge="butterfly")
+    assert rig.arrive(B, ref(70, round_=7)) == []
+    assert B not in rig.gossip._inbox
+    assert rig.gossip.phase is phase
+
+
+def test_nobody_jumps_beyond_the_last_round_with_a_final_merge_ahead() -> None:
+    rig = at(Phase.MERGING, rounds=3, final_merge="butterfly")
+    rig.exchange.hold(ref(5))
+    rig.gossip._merging = (Input(A, ref(3, round_=8), 0), Input(B, ref(5, round_=8), 0))
+    rig.step(Aggregated(rig.token, ref(4)))
+    rig.step(Evaluated(rig.token, {}))
+    assert (rig.gossip.phase, rig.gossip.round, rig.gossip.own.round) == (Phase.FINAL, 3, 3)
+
+
+def test_who_waits_for_the_final_merge_is_neither_awaited_nor_offered_models() -> None:
+    rig = at(Phase.TRAINING, rounds=5, final_merge="butterfly")
+    rig.beat(A, active=True)
+    rig.view.step(0, Received(B, Heartbeat(5, True)))
+    out = rig.train(ref(2))
+    assert [send.peer for send in of(Send, out)] == [A]
+    assert of(Aggregate, rig.arrive(A, ref(3)))
 
 
 # --- what goes wrong ------------------------------------------------------------------------------------
@@ -610,7 +850,7 @@ def test_a_second_start_changes_nothing() -> None:
 
 
 def test_a_model_that_arrives_is_kept_for_later_in_any_phase_but_the_last() -> None:
-    for phase in set(Phase) - {Phase.DONE, Phase.COLLECTING}:
+    for phase in set(Phase) - {Phase.FINAL, Phase.DONE, Phase.COLLECTING}:
         rig = at(phase)
         assert rig.arrive(B, ref(70)) == []
         assert rig.gossip._inbox[B] == ref(70)

@@ -27,6 +27,7 @@ from protocols.events import (
     Fetch,
     Fetched,
     FetchFailed,
+    FinalMergeDone,
     Forget,
     Halt,
     Input,
@@ -254,6 +255,16 @@ GOSSIP = [
     {"quorum": 1.0, "rounds": 40, "pause_s": 0.0},
     {"quorum": 0.0, "fanout": 1, "evaluate_every": 3},
     {"quorum": 0.5, "keep_every": 3, "pause_s": 1.0, "wait_for_peers": 2},
+    {"quorum": 1.0, "exchange_every": 3, "dense_from": 0.5, "sparse_fanout": 0.5},
+    {"window_s": 2.0, "fanout": 0.7, "pause_s": 0.0},
+    {
+        "quorum": 0.0,
+        "fanout": 0.2,
+        "final_merge": "butterfly",
+        "final_deadline_s": 4.0,
+        "final_keep": "better",
+    },
+    {"quorum": 1.0, "dense_until": 0.5, "final_merge": "aggregator", "final_deadline_s": 4.0},
 ]
 
 
@@ -304,6 +315,26 @@ def test_looking_changes_nothing() -> None:
     assert runs[0] == runs[1]
 
 
+@pytest.mark.parametrize("number", range(3, 60, 3))
+def test_honest_cores_stop_and_come_back_amid_their_final_merge(number: int) -> None:
+    """At one event of it one of them stops; with what it keeps it begins again."""
+    seen = 0
+
+    def spoil(event: Event) -> list[Event]:
+        nonlocal seen
+        seen += any(node.core is not None and node.core.phase is Phase.FINAL for node in arena.nodes)
+        return [StopRequested()] if seen == number else [event]
+
+    arena = Arena(number, spoil=spoil, rounds=3, final_merge="butterfly", final_deadline_s=4.0)
+    arena.run(until_s=60.0)
+    for node in arena.nodes:
+        if node.core is None:
+            arena.start(node)
+    arena.run(until_s=200.0)
+    assert all(node.core is not None and node.core.phase is Phase.DONE for node in arena.nodes)
+    assert max(node.epoch for node in arena.nodes) > 1, "somebody did stop"
+
+
 # --- broken cores ---------------------------------------------------------------------------------------
 Change = Callable[[NodeCore, Event, list[Effect]], list[Effect]]
 
@@ -348,6 +379,7 @@ def other_inputs(change: Callable[[tuple[Input, ...]], tuple[Input, ...]]) -> Ch
 
 NUMBERS = count(1)
 
+FINAL_MERGE_DONE = Emit(FinalMergeDone(1, 0, 1, {}, {}, "own", 0.0))
 BROKEN: dict[str, tuple[str, Change]] = {
     "counts a peer twice": ("counted_once", other_inputs(lambda inputs: (*inputs, inputs[0]))),
     "counts itself": (
@@ -402,6 +434,10 @@ BROKEN: dict[str, tuple[str, Change]] = {
         lambda core, event, effects: (
             effects + [Train(10**6, core.model, core.round)] * (core.phase is Phase.DONE and not effects)  # type: ignore[list-item]
         ),
+    ),
+    "has a final merge that nobody asked for": (
+        "final",
+        add(TimerFired, lambda core, event: FINAL_MERGE_DONE),
     ),
     "uses a token again": ("new_token", each(Train, lambda order: [replace(order, token=1)])),
     "sets a timer twice": ("new_token", each(SetTimer, lambda effect: [effect, effect])),
@@ -464,6 +500,80 @@ def test_a_core_that_(what: str) -> None:
     assert caught.value.rule == rule, str(caught.value)
     assert f"rule '{rule}' at {caught.value.at_s:.6f} s, node {caught.value.node}: " in str(caught.value)
     assert caught.value.effects, "it ends with the one that is wrong"
+
+
+def again_in_the_end(core: NodeCore, event: Event, effects: list[Effect]) -> list[Effect]:
+    """Whoever went into a final merge goes into the next stage as well."""
+    out: list[Effect] = []
+    for effect in effects:
+        if isinstance(effect, Aggregate) and effect.rule == "final":
+            core.before = (*getattr(core, "before", ()), *effect.inputs)  # type: ignore[attr-defined]
+            effect = replace(effect, inputs=core.before)  # type: ignore[attr-defined]
+        out.append(effect)
+    return out
+
+
+def held_for_ever(core: NodeCore, event: Event, effects: list[Effect]) -> list[Effect]:
+    assert core.learning is not None
+    assert core.learning._final is not None
+    core.learning._final._box |= {PeerId(f"passer-by {number}"): unknown() for number in range(20)}
+    return effects
+
+
+BROKEN_AT_THE_END: dict[str, tuple[str, Change]] = {
+    "merges_a_peer_twice": ("counted_once", again_in_the_end),
+    "chooses_anothers_model": (
+        "counted_once",
+        each(
+            Aggregate,
+            lambda order: [
+                replace(order, inputs=(replace(order.inputs[0], peer=name(9)),))
+                if order.rule == "accept"
+                else order
+            ],
+        ),
+    ),
+    "takes_what_was_not_offered": (
+        "offered",
+        each(
+            Aggregate,
+            lambda order: [
+                replace(order, inputs=(replace(order.inputs[0], peer=name(9)),))
+                if order.rule == "final"
+                else order
+            ],
+        ),
+    ),
+    "ends_it_twice": (
+        "final",
+        each(Emit, lambda emit: [emit, emit] if isinstance(emit.record, FinalMergeDone) else [emit]),
+    ),
+    "leaves_it_out": (
+        "rounds",
+        each(Emit, lambda emit: [] if isinstance(emit.record, FinalMergeDone) else [emit]),
+    ),
+    "lets_it_begin_too_early": (
+        "final",
+        each(Emit, lambda emit: [emit, FINAL_MERGE_DONE] if isinstance(emit.record, RoundDone) else [emit]),
+    ),
+    "lets_its_box_grow": ("bounds", held_for_ever),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN_AT_THE_END)
+def test_a_core_whose_final_merge_(what: str) -> None:
+    rule, change = BROKEN_AT_THE_END[what]
+    with pytest.raises(Violation) as caught:
+        Arena(
+            seed=1,
+            make=breaking(change, 0),
+            rounds=3,
+            quorum=1.0,
+            final_merge="butterfly",
+            final_deadline_s=4.0,
+            final_keep="better",
+        ).run()
+    assert caught.value.rule == rule, str(caught.value)
 
 
 def grow_inbox(core: NodeCore, event: Event, effects: list[Effect]) -> list[Effect]:
@@ -617,7 +727,7 @@ def test_a_violation_is_told_in_a_few_lines() -> None:
         "rule 'verified' at 1.500000 s, node 2: why",
         "  event  Trained(1, ModelRef(00000000, 100, 0, 10))",
         "  after 12 other effects",
-        "  effect Aggregate(3, ModelRef(00000000, 100, 0, 10), (Input(n1, ModelRef(00000000, 100, 5, 10), 0)))",
+        "  effect Aggregate(3, ModelRef(00000000, 100, 0, 10), (Input(n1, ModelRef(00000000, 100, 5, 10), 0)), round)",
     ]
     assert len(text.splitlines()) == 3 + 8
     assert (

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from aggregation.base import Contribution, Params, Rule
 from aggregation.rules import RULES, build, merge
+from node import merging
 from node.partition import Indices
 from node.settings import TrainingSettings
 from node.tasks import Task, initial_params, mlp, regression_metrics
@@ -163,11 +164,19 @@ def make_engine(
     training: TrainingSettings | None = None,
     rule: Sequence[Any] = RULE,
     sizes: Sequence[int] = SIZES,
+    held_out: Sequence[Indices] | None = None,
     **compute: Any,
 ) -> LocalEngine:
     names = [f"node-{i:05d}" for i in range(len(sizes))]
     made = LocalEngine(
-        task, parts(sizes), training or TrainingSettings(), rule, SEED, ComputeSettings(**compute), names
+        task,
+        parts(sizes),
+        training or TrainingSettings(),
+        rule,
+        SEED,
+        ComputeSettings(**compute),
+        names,
+        held_out=held_out,
     )
     made.reserve(4 * len(sizes))
     made.begin([Begin(row, row) for row in range(len(sizes))])
@@ -367,7 +376,7 @@ def test_what_a_rule_remembers_lasts_for_one_life_of_one_node(monkeypatch: pytes
         return [contributions[0]], {**state, "merges": state["merges"] + 1}
 
     rule = Rule(lambda params: {"merges": 0, "first": params["0.bias"]}, update)
-    monkeypatch.setattr(engine, "build", lambda specs: rule)
+    monkeypatch.setattr(merging, "build", lambda specs: rule)
     monkeypatch.setattr(engine, "build_batched", lambda specs, layout: None)
     made = make_engine(TASKS["softmax"][0])
     first = float(made.params(0)["0.bias"].sum())
@@ -380,9 +389,10 @@ def test_what_a_rule_remembers_lasts_for_one_life_of_one_node(monkeypatch: pytes
 
 def test_every_rule_can_be_an_engines() -> None:
     task = TASKS["mlp"][0]
-    for name in RULES:
-        rule = [name] if RULES[name].reduces else [name, "mean"]
-        made = make_engine(task, rule=rule)
+    held_out = [np.array([i]) for i in range(len(SIZES))]
+    for name, entry in RULES.items():
+        rule = [name] if entry.reduces else ["mean", name] if entry.takes_one else [name, "mean"]
+        made = make_engine(task, rule=rule, held_out=held_out)
         orders = merges(np.random.default_rng(1), len(SIZES))
         assert made.merge(orders) == [""] * len(orders)
 

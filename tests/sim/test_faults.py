@@ -35,7 +35,12 @@ def test_the_networks_are_of_all_sorts() -> None:
     scenarios = [drawn.scenario for drawn in HUNDRED]
     assert {item.topology.kind for item in scenarios} == {"regular", "ring", "full", "discover"}
     assert {item.gossip.quorum for item in scenarios} == {0.0, 0.5, 1.0}
-    assert {item.gossip.fanout for item in scenarios} == {0, 1, 2}
+    assert {item.gossip.fanout for item in scenarios} == {0, 0.2, 1, 1.5, 2}
+    assert {item.gossip.exchange_every for item in scenarios} == {1, 2, 3, 7}
+    assert {item.gossip.window_s for item in scenarios} >= {0, 0.3, 5.0}
+    assert {item.gossip.final_merge for item in scenarios} == {"none", "butterfly", "aggregator"}
+    assert 10 <= sum(item.gossip.has_window for item in scenarios) <= 40
+    assert {item.gossip.sparse_fanout for item in scenarios if item.gossip.has_window} == {0, 0.2, 1, 1.5}
     assert min(item.nodes for item in scenarios) == 3
     assert max(item.nodes for item in scenarios) == 24
     assert 5 <= sum(item.gossip.rounds == 0 for item in scenarios) <= 30

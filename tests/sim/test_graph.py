@@ -81,13 +81,22 @@ class Recording:
     def consensus(self, rows: Sequence[int]) -> float:
         return self.terms("consensus", *(self.rows[row] for row in rows))
 
+    def merged(self, rows: Sequence[int]) -> dict[str, float]:
+        return {"mean": self.terms("mean", *(self.rows[row] for row in rows))}
+
     def _trained(self, order: Train) -> int:
         return self.terms("train", self.rows[order.source], order.node, order.round)
 
     def _merged(self, order: Merge) -> int:
         inputs = [(self.rows[row], weight, stale, peer) for row, weight, stale, peer in order.inputs]
         return self.terms(
-            "merge", self.rows[order.own], order.own_weight, tuple(inputs), order.node, order.life
+            "merge",
+            self.rows[order.own],
+            order.own_weight,
+            tuple(inputs),
+            order.node,
+            order.life,
+            order.rule,
         )
 
     def _check_independent(self, orders: list[tuple[int, list[int]]]) -> None:
@@ -125,6 +134,33 @@ class Rig:
     def merge(self, own: Value, *others: Value, node: int = 0) -> Value:
         inputs = [Received(value, 1.0, 0, f"peer {number}") for number, value in enumerate(others)]
         return self.graph.merge(own, 1.0, inputs, node, 1)
+
+
+def test_a_mean_is_measured_of_the_models_as_they_were_and_becomes_nobodys() -> None:
+    rig = Rig()
+    models = [rig.graph.begin(seed) for seed in range(3)]
+    found = rig.graph.merged(models)
+    assert found == {}
+    trained = rig.graph.train(models[0], 0, 0)
+    rig.graph.flush()
+    terms = rig.computer.terms
+    assert found == {"mean": terms("mean", *(terms("begin", seed) for seed in range(3)))}
+    assert rig.term(trained) == terms("train", terms("begin", 0), 0, 0)
+    rig.graph.flush()
+    assert rig.computer.programs[-1].merged == [], "once"
+    assert Surrogate().merged(models) == {}
+
+
+def test_a_merge_says_by_which_rule() -> None:
+    rig = Rig()
+    own, other = rig.graph.begin(0), rig.graph.begin(1)
+    kept = [rig.merge(own, other)]
+    kept += [
+        rig.graph.merge(own, 1.0, [Received(other, 1.0, 0, "p")], 1, 1, rule) for rule in ("final", "accept")
+    ]
+    rig.graph.flush()
+    merges = [order for _, _, orders in rig.computer.programs[-1].steps for order in orders]
+    assert [order.rule for order in merges] == ["round", "final", "accept"]
 
 
 # --- what is computed -----------------------------------------------------------------------------------
@@ -384,7 +420,7 @@ class Naive:
                 told = tuple(
                     (self.term[n], *item[1:]) for n, item in zip((other_number, number), inputs, strict=True)
                 )
-                made = term if fails else terms("merge", term, 3.0, told, node, 7)
+                made = term if fails else terms("merge", term, 3.0, told, node, 7, "round")
                 self.order(graph.merge(value, 3.0, inputs, node, 7), made, [number, other_number], node)
             case "measure":
                 self.asked.add(number)
@@ -473,7 +509,7 @@ def test_the_bound_changes_what_is_computed_together_and_not_what_comes_out(max_
     for round_ in range(4):
         expected = [terms("train", model, node, round_) for node, model in enumerate(expected)]
         expected = [
-            terms("merge", model, 1.0, ((expected[node - 1], 1.0, 0, "peer 0"),), node, 1)
+            terms("merge", model, 1.0, ((expected[node - 1], 1.0, 0, "peer 0"),), node, 1, "round")
             for node, model in enumerate(expected)
         ]
     assert [rig.term(model) for model in models] == expected

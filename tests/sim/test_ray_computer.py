@@ -141,6 +141,7 @@ def drawn_program(rng: random.Random, written: set[int]) -> Program:
         steps=steps,
         measures=[Measure(row, 0) for row in rng.sample(some, rng.randrange(len(some) + 1))],
         comparisons=[rng.choices(some, k=rng.randrange(5)) for _ in range(rng.randrange(3))],
+        merged=[rng.choices(some, k=rng.randrange(1, 5)) for _ in range(rng.randrange(3))],
     )
 
 
@@ -156,6 +157,7 @@ def test_shards_give_what_one_engine_gives(seed: int, num_actors: int) -> None:
         found = many.answers()
         assert found.failures == wanted.failures, f"seed {seed}"
         assert found.metrics == wanted.metrics, f"seed {seed}"
+        assert found.merged == wanted.merged, f"seed {seed}"
         assert found.distances == pytest.approx(wanted.distances, rel=TOLERANCE, abs=TOLERANCE), (
             f"seed {seed}"
         )

@@ -18,6 +18,7 @@ from sim.report import changed_settings, write_report, write_sweep_report
 from sim.results import (
     MESSAGE_KINDS,
     ConsensusRow,
+    MergedRow,
     NoteRow,
     Overlay,
     OverlayNode,
@@ -309,6 +310,16 @@ def test_a_tiny_run_is_drawn(tmp_path: Path, nodes: int, samples: int) -> None:
 def test_an_empty_run_is_drawn(tmp_path: Path) -> None:
     ResultsWriter(tmp_path, "").close()
     assert "No node was evaluated" in page_of(tmp_path).words()
+
+
+def test_the_mean_of_the_models_is_drawn_beside_their_accuracy(tmp_path: Path) -> None:
+    with ResultsWriter(tmp_path, "") as writer:
+        for at in range(4):
+            writer.round(RoundRow(float(at), 0, at, 0, 0, 1.0, {"accuracy": 0.2}))
+            writer.merged(MergedRow(float(at), 2, 0.8 + at / 100))
+    page = page_of(tmp_path)
+    assert "the mean of their models ended at 0.830" in " ".join(page.alts)
+    assert "Dashed: the mean of all their models, which no node has." in page.words()
 
 
 def test_values_that_are_not_finite_are_left_out(tmp_path: Path) -> None:

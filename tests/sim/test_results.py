@@ -13,6 +13,7 @@ from sim.results import (
     MESSAGE_KINDS,
     RUN_FILES,
     ConsensusRow,
+    MergedRow,
     NoteRow,
     Overlay,
     OverlayNode,
@@ -148,6 +149,7 @@ count = st.integers(0, 2**53)
         max_size=4,
     ),
     consensus=st.lists(st.builds(ConsensusRow, finite, count, finite), max_size=4),
+    merged=st.lists(st.builds(MergedRow, finite, count, finite), max_size=4),
     notes=st.lists(st.builds(NoteRow, finite, st.text(max_size=20), st.none() | count), max_size=4),
 )
 def test_rows_come_back_exactly(
@@ -155,6 +157,7 @@ def test_rows_come_back_exactly(
     rounds: list[RoundRow],
     samples: list[SampleRow],
     consensus: list[ConsensusRow],
+    merged: list[MergedRow],
     notes: list[NoteRow],
 ) -> None:
     with ResultsWriter(tmp_path, SCENARIO) as writer:
@@ -164,10 +167,20 @@ def test_rows_come_back_exactly(
             writer.sample(row)
         for distance in consensus:
             writer.consensus(distance)
+        for mean in merged:
+            writer.merged(mean)
         for note in notes:
             writer.note(note)
     run = read_run(tmp_path)
+    assert run.merged == merged
     assert (run.rounds, run.samples, run.consensus, run.notes) == (rounds, samples, consensus, notes)
+
+
+def test_a_run_from_before_there_were_measured_means_is_read(tmp_path: Path) -> None:
+    with ResultsWriter(tmp_path, SCENARIO):
+        pass
+    (tmp_path / "merged.csv").unlink()
+    assert read_run(tmp_path).merged == []
 
 
 def test_what_is_not_finite_comes_back_as_nan(tmp_path: Path) -> None:

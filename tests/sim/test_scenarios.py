@@ -57,7 +57,7 @@ def test_scenarios_are_read_without_torch() -> None:
 def test_there_is_one_for_each_thing_to_see() -> None:
     promised = {
         *("baseline", "push-gossip", "churn", "mass-failure", "partition", "slow-devices", "non-iid"),
-        *("wide-area", "thousand", "ten-thousand", "ten-thousand-dry"),
+        *("late-merge", "single-merge", "wide-area", "thousand", "ten-thousand", "ten-thousand-dry"),
     }
     assert set(BUILTIN) == promised
     assert all(20 < len(summary) < 110 for _, summary in names())
@@ -100,6 +100,12 @@ def test_what_the_built_in_scenarios_are_about() -> None:
     assert (tables("baseline").nodes, tables("baseline").rule) == (100, "corrected")
     push = tables("push-gossip").gossip
     assert (push.quorum, push.fanout) == (0, 1)
+    late, single = tables("late-merge"), tables("single-merge")
+    assert (late.nodes, late.topology.kind, late.data.start, late.data.alpha) == (16, "full", "common", 0.1)
+    assert late.gossip.dense_rounds() == range(95, 100)
+    assert late.evaluation.merged
+    assert not single.gossip.has_window
+    assert (single.gossip.fanout, single.gossip.final_merge) == (0.2, "butterfly")
     failure = tables("mass-failure")
     events = timeline.parse(failure.timeline, failure.nodes)
     assert [(event.action, event.share) for event in events] == [("silence", 0.8), ("wake", 0.5)]

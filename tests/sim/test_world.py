@@ -14,11 +14,11 @@ import torch
 
 from node.core import CoreSettings, NodeCore
 from protocols.errors import ConfigError
-from protocols.events import Event, LearningDone, Phase, Record, RoundDone
+from protocols.events import Event, FinalMergeDone, LearningDone, Phase, Record, RoundDone
 from protocols.machine import Machine
 from protocols.vocabulary import PeerId
 from sim.graph import Graph, Value
-from sim.results import ConsensusRow, NoteRow, Result, RoundRow, SampleRow, TraceBlock
+from sim.results import ConsensusRow, MergedRow, NoteRow, Result, RoundRow, SampleRow, TraceBlock
 from sim.scenario_files import convert
 from sim.scenarios import Scenario
 from sim.world import Observer, World
@@ -64,6 +64,7 @@ class Told(Observer):
         self.rounds: list[RoundRow] = []
         self.samples: list[SampleRow] = []
         self.distances: list[ConsensusRow] = []
+        self.means: list[MergedRow] = []
         self.notes: list[NoteRow] = []
         self.blocks: list[TraceBlock] = []
         self.events: list[tuple[float, int, Event]] = []
@@ -73,6 +74,9 @@ class Told(Observer):
 
     def round(self, row: RoundRow) -> None:
         self.rounds.append(row)
+
+    def merged(self, row: MergedRow) -> None:
+        self.means.append(row)
 
     def sample(self, row: SampleRow) -> None:
         self.samples.append(row)
@@ -558,3 +562,113 @@ def test_metrics_that_fail_are_counted(tmp_path: Path) -> None:
     _, result = run(rounds=2, data={"task": f"{tmp_path / 'odd.py'}:make_task", "options": {}})
     assert result.failed_work == 8
     assert result.accuracy_mean is None
+
+
+# --- the final merge, and the mean that nobody has -------------------------------------------------------
+FINAL: dict[str, Any] = {
+    "nodes": 8,
+    "rule": "mean",
+    "topology": {"kind": "full"},
+    "data": {"options": {"hidden": [8]}, "start": "common"},
+    "training": {"local_steps": 10},
+    "gossip": {"rounds": 4, "quorum": 0.0, "fanout": 0.2, "deadline_s": 5.0, "pause_s": 0.0},
+}
+
+
+def final(mode: str, **tables: Any) -> dict[str, Any]:
+    merged = {**FINAL, **tables}
+    return {**merged, "gossip": {**FINAL["gossip"], **tables.get("gossip", {}), "final_merge": mode}}
+
+
+@pytest.mark.parametrize("mode", ["butterfly", "aggregator"])
+@pytest.mark.parametrize("nodes", [8, 11])
+def test_a_final_merge_gives_every_node_the_same_model(mode: str, nodes: int) -> None:
+    told = Told()
+    world = World(scenario(**final(mode, nodes=nodes)), observer=told)
+    result = world.run()
+    records = [record for _, _, record in told.records if isinstance(record, FinalMergeDone)]
+    assert [record.num_members for record in records] == [nodes] * nodes
+    assert {record.num_samples for record in records} == {sum(world.plan.facts.num_samples)}
+    assert result.finished == nodes
+    kept = [note.text.rpartition(" ")[2] for note in told.notes]
+    assert kept == ["merged"] * nodes
+    assert result.consensus_distance == pytest.approx(0, abs=1e-4)
+    assert max(row.distance for row in told.distances) > 0.1
+    assert result.final_merged_accuracy == pytest.approx(result.accuracy_mean)
+    assert result.accuracy_mean > result.accuracy_by_round[-1]
+    assert len(result.accuracy_by_round) == 4
+
+
+def test_after_a_final_merge_each_node_has_what_it_judged_better() -> None:
+    told = Told()
+    result = World(scenario(**final("butterfly", gossip={"final_keep": "better"})), observer=told).run()
+    kept = [note.text.rpartition(" ")[2] for note in told.notes]
+    assert set(kept) == {"own", "merged"}, "few samples to judge by, and much alike models"
+    assert result.consensus_distance > 0.1
+    assert result.final_merged_accuracy > result.accuracy_mean
+    by_node = {row.node: row.metrics["accuracy"] for row in told.rounds if row.round == 4}
+    assert sum(by_node.values()) / 8 == pytest.approx(result.accuracy_mean)
+
+
+def test_nobody_measures_the_final_merge_but_those_who_are_to() -> None:
+    told = Told()
+    result = World(scenario(**final("butterfly", evaluation={"share": 0.25})), observer=told).run()
+    records = [record for _, _, record in told.records if isinstance(record, FinalMergeDone)]
+    assert sum(bool(record.merged) for record in records) == 2
+    assert result.final_merged_accuracy is not None
+    dry = World(scenario(**final("butterfly", dry_run=True, data={}))).run()
+    assert (dry.final_merged_accuracy, dry.finished) == (None, 8)
+
+
+def test_a_final_merge_goes_on_without_those_that_crash_in_it() -> None:
+    result = World(
+        scenario(**final("butterfly", dry_run=True, data={}, timeline=["at 2.4 s: crash nodes 3"]))
+    ).run()
+    assert (result.finished, result.alive) == (7, 7)
+
+
+BATCH_NORM = """
+import torch
+from torch import nn
+from node.tasks import Task
+
+
+def make_task() -> Task:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(400, 6, generator=generator) * 3 + 1
+    targets = (inputs[:, 0] * inputs[:, 1] > 1).long()
+    net = lambda: nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 2))
+    return Task("norm", net, (inputs[:300], targets[:300]), (inputs[300:], targets[300:]))
+"""
+
+
+@pytest.mark.parametrize("task", ["digits", "batch norm"])
+def test_measuring_the_mean_of_the_models_changes_nothing(task: str, tmp_path: Path) -> None:
+    (tmp_path / "norm.py").write_text(BATCH_NORM)
+    data = {"task": "norm.py:make_task", "start": "common"} if task == "batch norm" else FINAL["data"]
+    found = []
+    for merged in (True, False):
+        told = Told()
+        tables = {**FINAL, "nodes": 4, "data": data, "evaluation": {"merged": merged}}
+        if task == "batch norm":
+            tables["data"] = {**data, "options": {}}
+        world = World(scenario(**tables), tmp_path, observer=told)
+        result = world.run()
+        models = [
+            world.plan.computer._engine.params(value.row)  # type: ignore[union-attr]
+            for node in world.nodes
+            if node.core is not None
+            for value in [node.held[node.core.model.digest]]
+        ]
+        found.append((result, told, models))
+    (with_it, means, ones), (without, none, others) = found
+    assert with_it.trace_hash == without.trace_hash
+    assert len(ones) == len(others) == 4
+    for one, other in zip(ones, others, strict=True):
+        assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    assert means.rounds == none.rounds
+    assert means.distances == none.distances
+    assert [row.at_s for row in means.means] == [row.at_s for row in means.distances]
+    assert none.means == []
+    assert (with_it.merged_accuracy, without.merged_accuracy) == (means.means[-1].accuracy, None)
+    assert with_it.merged_accuracy > with_it.accuracy_mean - 0.05
