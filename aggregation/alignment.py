@@ -26,13 +26,15 @@ from aggregation.base import (
     receiver_of,
     reporting,
     require,
+    require_count,
 )
-from aggregation.probes import CHUNK, PROBES, batches, is_count, probe_of, same
+from aggregation.probes import CHUNK, PROBES, batches, probe_of, same
 from aggregation.statistics import reestimated
 from aggregation.symmetry import Layout, Permutations, Piece, Symmetry, outer_dim, run, symmetry_of
 
 TINY = 1e-7
 """Of a product of two standard deviations: below it a unit is dead and matches nothing (DIMAT's own figure)."""
+PLACES = ("last", "all")
 TIE = 1e-5
 """Of a correlation: differences below it do not decide."""
 
@@ -142,21 +144,23 @@ class Moments:
 
 
 def activation_gains(
-    symmetry: Symmetry, own: Params, others: Sequence[Params], inputs: Tensor
+    symmetry: Symmetry, own: Params, others: Sequence[Params], inputs: Tensor, places: str = "last"
 ) -> list[dict[int, Tensor]]:
     """For each of `others` the correlations of its units with the receiver's over the inputs [samples, ...].
 
     An axis is looked at where it is read last: the input of the last layer that takes it, after the activation function
     (DIMAT's matching nodes), or where no layer reads it (queries and keys), where it was written.
+
+    places: as in `watched`.
     """
-    places = watched(symmetry)
-    names = {name for each in places.values() for name in each}
+    nodes = watched(symmetry, places)
+    names = {name for each in nodes.values() for name in each}
     moments: list[dict[tuple[int, str, int], Moments]] = [{} for _ in others]
     for batch in batches(inputs, symmetry.batch_size):
         mine = _activations(symmetry, own, batch, names)
         for other, found in zip(others, moments, strict=True):
             theirs = _activations(symmetry, other, batch, names)
-            for axis, watched_names in places.items():
+            for axis, watched_names in nodes.items():
                 for name in watched_names:
                     for key, a, b in _sides(symmetry, axis, name, mine[name], theirs[name]):
                         now = Moments.of(a, b)
@@ -196,8 +200,11 @@ def _activations(symmetry: Symmetry, params: Params, batch: Tensor, names: set[s
     return kept
 
 
-def watched(symmetry: Symmetry) -> dict[int, list[str]]:
-    """For every free axis the nodes whose values tell what its units do."""
+def watched(symmetry: Symmetry, places: str = "last") -> dict[int, list[str]]:
+    """For every free axis the nodes whose values tell what its units do.
+
+    places: "last", the input of the last layer that reads it, or "all" of them.
+    """
     around = {axis.within for axis in symmetry.axes.values()}
     read: dict[int, list[str]] = {}
     written: dict[int, list[str]] = {}
@@ -207,7 +214,8 @@ def watched(symmetry: Symmetry) -> dict[int, list[str]]:
         source = node.args[0]
         if isinstance(source, fx.Node) and source.op == "call_function" and source.name in symmetry.nodes:
             for axis in _axes_in(symmetry.nodes[source.name]) & _axes_in(symmetry.nodes[weight]):
-                read[axis] = [source.name]
+                earlier = read.get(axis, []) if places == "all" else []
+                read[axis] = [*earlier, source.name] if source.name not in earlier else earlier
         if node.name in symmetry.nodes:
             for axis in _axes_in(symmetry.nodes[node.name]):
                 written.setdefault(axis, []).append(node.name)
@@ -243,15 +251,21 @@ def _anywhere(symmetry: Symmetry, axis: int) -> list[str]:
 
 
 def match_activations(
-    symmetry: Symmetry, own: Params, others: Sequence[Params], inputs: Tensor, names: Sequence[str]
+    symmetry: Symmetry,
+    own: Params,
+    others: Sequence[Params],
+    inputs: Tensor,
+    names: Sequence[str],
+    places: str = "last",
 ) -> list[Permutations]:
     """For each of the other models the orders in which its units do most nearly what the receiver's do.
 
     names: of the parameters by which units are told apart that do nothing on these inputs, or the same as another.
+    places: as in `watched`.
     """
     return [
         _assign_with_ties(symmetry, gains, WeightMatching(symmetry, own, other, names))
-        for gains, other in zip(activation_gains(symmetry, own, others, inputs), others, strict=True)
+        for gains, other in zip(activation_gains(symmetry, own, others, inputs, places), others, strict=True)
     ]
 
 
@@ -369,7 +383,9 @@ def match_weights(
 
 
 # --- the rules ------------------------------------------------------------------------------------------
-def by_activation(probe: str = "own", samples: int = 512, reestimate: bool = True) -> Rule:
+def by_activation(
+    probe: str = "own", samples: int = 512, places: str = "last", reestimate: bool = True
+) -> Rule:
     """Reorder each received model's units so that they do most nearly what the receiver's own do on probe data.
 
     Before the comparison BatchNorm's statistics are re-estimated on the probe, in copies; what is handed on keeps its
@@ -379,6 +395,8 @@ def by_activation(probe: str = "own", samples: int = 512, reestimate: bool = Tru
         probe: "own": the receiver's training samples. "shared": inputs that all nodes have (`Task.probe`), better
             where peers learn from other classes than the receiver's.
         samples: probe inputs at most. A few per class and hidden unit are enough; cost grows with them.
+        places: where units are looked at that several layers read, as those of a residual stream. "last": by the last
+            of these layers, the paper's. "all": by each of them, their correlations added up.
         reestimate: BatchNorm's statistics before the comparison, as the paper does.
 
     Raises ValueError for an argument outside its range.
@@ -388,7 +406,8 @@ def by_activation(probe: str = "own", samples: int = 512, reestimate: bool = Tru
     starts afresh in each round.
     """
     require(probe in PROBES, "probe", f"one of {', '.join(PROBES)}", probe)
-    require(is_count(samples), "samples", "a whole number of at least 1", samples)
+    require_count("samples", samples)
+    require(places in PLACES, "places", f"one of {', '.join(PLACES)}", places)
 
     def align(
         receiver: Receiver, own: Params, others: Sequence[Params]
@@ -398,7 +417,8 @@ def by_activation(probe: str = "own", samples: int = 512, reestimate: bool = Tru
         compared = [
             reestimated(receiver.model, params, inputs) if reestimate else params for params in (own, *others)
         ]
-        orders = match_activations(symmetry, compared[0], compared[1:], inputs, _parameters(receiver))
+        names = _parameters(receiver)
+        orders = match_activations(symmetry, compared[0], compared[1:], inputs, names, places)
         return symmetry, orders, f"{len(inputs)} {probe} samples"
 
     return _rule("align.activation", align, (MODEL, SAMPLES))
@@ -414,8 +434,8 @@ def by_weight(restarts: int = 2, seed: int = 0) -> Rule:
 
     Source: arXiv 2209.04836 (Git Re-Basin), weight matching; parameters only, without running statistics.
     """
-    require(is_count(restarts, 0), "restarts", "a whole number of at least 0", restarts)
-    require(is_count(seed, 0), "seed", "a whole number of at least 0", seed)
+    require_count("restarts", restarts, 0)
+    require_count("seed", seed, 0)
 
     def align(
         receiver: Receiver, own: Params, others: Sequence[Params]

@@ -166,6 +166,12 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
+def require_count(argument: str, value: object, least: int = 1) -> None:
+    """Check that an argument is a whole number of at least `least`. Raises ValueError as `require` does."""
+    is_count = isinstance(value, int) and not isinstance(value, bool) and value >= least
+    require(is_count, argument, f"a whole number of at least {least}", value)
+
+
 def require(condition: bool, argument: str, allowed: str, value: object) -> None:
     """Check one argument of a rule's factory.
 

@@ -22,8 +22,10 @@ from aggregation.base import (
     is_number,
     receiver_of,
     require,
+    require_count,
     stateless,
 )
+from aggregation.probes import evenly_spaced
 from aggregation.scoring import evaluating
 
 MAX_OUTPUTS = 32
@@ -58,8 +60,7 @@ def fisher(samples: int = 256, floor: float = 1e-6, at_most: float = 100.0) -> R
 
     Source: arXiv 2111.09832. Floor, norm and cap are ours, and that one node computes all F.
     """
-    is_count = isinstance(samples, int) and not isinstance(samples, bool) and samples >= 1
-    require(is_count, "samples", "a whole number of at least 1", samples)
+    require_count("samples", samples)
     require(is_number(floor) and 0 < floor <= 1, "floor", "a number above 0, up to 1", floor)
     require(is_number(at_most) and at_most >= 1, "at_most", "a number of at least 1", at_most)
     average = weighting.fedavg()
@@ -84,16 +85,6 @@ def _seen_by(receiver: Receiver, params: Params, samples: int) -> Params:
     chosen = evenly_spaced(len(inputs), samples)
     is_classifier = not targets.is_floating_point()
     return diagonal_fisher(receiver.model, params, inputs[chosen], is_classifier)
-
-
-def evenly_spaced(total: int, at_most: int) -> Tensor:
-    """int64, ascending indices below `total`, at most `at_most` of them.
-
-    >>> evenly_spaced(10, 4).tolist(), evenly_spaced(2, 4).tolist()
-    ([0, 2, 5, 7], [0, 1])
-    """
-    count = min(total, at_most)
-    return torch.arange(count) * total // max(count, 1)
 
 
 # --- the mean -------------------------------------------------------------------------------------------

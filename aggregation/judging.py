@@ -108,7 +108,8 @@ def accept(by: str = "loss", tolerance: float = 0.0) -> Rule:
     `averaging.mean` as it is; a single one is judged as it came, but for its counters, which stay local.
 
     Where nodes hold different data and merge seldom, a merged model often scores worse at first and better
-    after some training: there this rule keeps nodes apart that should come together.
+    after some training; and where peers hold other classes, the receiver's samples cannot tell what they know.
+    There this rule keeps nodes apart that should come together.
 
     Args:
         by: "loss" or "accuracy".
@@ -177,7 +178,8 @@ def choose(
     Args:
         of: one or more lists of rules, each as for `build` and each with a rule that reduces.
         by: "loss" or "accuracy".
-        own: whether the local model is a candidate too: then no merge makes the score worse.
+        own: whether the local model is a candidate too: then no merge makes the score worse. Say false where peers
+            hold other classes than the receiver: on its own ones its own model always wins, and nothing is learned.
 
     Raises ValueError for an argument outside its range, with the place of a mistake in a list.
 

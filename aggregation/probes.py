@@ -30,7 +30,17 @@ def probe_of(receiver: Receiver, probe: str, samples: int) -> Tensor:
         raise ValueError("there is no sample to run the networks on")
     if wanted > CHUNK:
         wanted -= wanted % CHUNK
-    return inputs[torch.arange(wanted) * len(inputs) // wanted]
+    return inputs[evenly_spaced(len(inputs), wanted)]
+
+
+def evenly_spaced(total: int, at_most: int) -> Tensor:
+    """int64, ascending indices below `total`, at most `at_most` of them.
+
+    >>> evenly_spaced(10, 4).tolist(), evenly_spaced(2, 4).tolist()
+    ([0, 2, 5, 7], [0, 1])
+    """
+    count = min(total, at_most)
+    return torch.arange(count) * total // max(count, 1)
 
 
 def batches(inputs: Tensor, size: int) -> Iterator[Tensor]:
@@ -42,8 +52,3 @@ def batches(inputs: Tensor, size: int) -> Iterator[Tensor]:
 def same(params: Params, others: Params) -> bool:
     """Whether two models are one, to the bit."""
     return all(torch.equal(tensor, others[name]) for name, tensor in params.items())
-
-
-def is_count(value: object, least: int = 1) -> bool:
-    """Whether it is a whole number of at least `least`."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least

@@ -7,6 +7,7 @@ Belongs here: measuring a model on inputs and setting what depends on it.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,9 +22,10 @@ from aggregation.base import (
     Rule,
     receiver_of,
     require,
+    require_count,
     stateless,
 )
-from aggregation.probes import PROBES, batches, is_count, probe_of, same
+from aggregation.probes import PROBES, batches, probe_of, same
 from aggregation.symmetry import Symmetry, arguments_of, symmetry_of
 
 BATCH = 256
@@ -85,8 +87,9 @@ def repaired(
         units. inputs: [samples, ...], of which whole batches are used.
 
     Layers are taken from the input on, each on what the layers before it give once they are repaired, and the factors
-    are folded into weight and bias. A layer without a bias gets the deviation only. Left as they are: the output layer,
-    layers that a BatchNorm follows (re-estimate that), and weights that are used more than once.
+    are folded into weight and bias. A layer without a bias gets the deviation only. Where GroupNorm or LayerNorm follows
+    a layer, its weight and bias are taken instead, since it undoes what is done before it. Left as they are: the output
+    layer, what a BatchNorm follows (re-estimate that), and weights that are used more than once.
 
     Source: Jordan et al. 2023, arXiv 2211.08403 (REPAIR).
     """
@@ -128,9 +131,12 @@ def repaired(
 
 _Layers = dict[fx.Node, tuple[str, str | None]]
 """Nodes with the names of their weight and bias."""
+_NORMS = ("aten.batch_norm", "aten.group_norm", "aten.layer_norm")
 
 
 def _hidden_layers(symmetry: Symmetry) -> _Layers:
+    """Layers whose weight and bias set the scale of each unit: GroupNorm and LayerNorm with theirs, and linear layers
+    and convolutions that no norm follows, which would undo it."""
     sources = {
         node: source
         for node, source in zip(symmetry.graph.graph.nodes, symmetry.placeholders, strict=False)
@@ -138,14 +144,30 @@ def _hidden_layers(symmetry: Symmetry) -> _Layers:
     }
     found: _Layers = {}
     for node in symmetry.graph.graph.nodes:
-        if node.op != "call_function" or not str(node.target).startswith(("aten.linear", "aten.conv")):
+        weight, bias = _scaling(node)
+        if weight not in sources or len(weight.users) > 1 or _is_last(node):
             continue
-        weight, bias = node.args[1], node.args[2] if len(node.args) > 2 else None
-        once = weight in sources and len(weight.users) == 1 and "transpose" not in str(node.target)
-        feeds_norm = any("batch_norm" in str(user.target) for user in node.users)
-        if once and not feeds_norm and not _is_last(node):
+        if not any(str(user.target).startswith(_NORMS) for user in node.users):
             found[node] = (sources[weight], sources.get(bias))
     return found
+
+
+def _scaling(node: fx.Node) -> tuple[Any, Any]:
+    """The nodes of a layer's weight and bias; None where it is no such layer."""
+    target = str(node.target)
+    if node.op != "call_function":
+        return None, None
+    if target.startswith("aten.group_norm") or (
+        target.startswith("aten.layer_norm") and len(cast(Sequence[int], node.args[1])) == 1
+    ):
+        return _argument(node, 2), _argument(node, 3)
+    if target.startswith(("aten.linear", "aten.conv")) and "transpose" not in target:
+        return node.args[1], _argument(node, 2)
+    return None, None
+
+
+def _argument(node: fx.Node, index: int) -> Any:
+    return node.args[index] if len(node.args) > index else None
 
 
 def _is_last(node: fx.Node) -> bool:
@@ -163,7 +185,7 @@ def _only_moves(node: fx.Node) -> bool:
 def _channels(node: fx.Node) -> int:
     """The dimension that a layer writes its units to."""
     value = node.meta["val"]
-    return value.ndim - 1 if "linear" in str(node.target) else 1
+    return 1 if str(node.target).startswith(("aten.conv", "aten.group_norm")) else value.ndim - 1
 
 
 def _moments(values: Sequence[Tensor], dim: int) -> tuple[Tensor, Tensor]:
@@ -261,7 +283,7 @@ _Correct = Callable[[Receiver, Contribution, Contribution, Tensor], Params]
 
 def _after_a_mean(name: str, correct: _Correct, probe: str, samples: int) -> Rule:
     require(probe in PROBES, "probe", f"one of {', '.join(PROBES)}", probe)
-    require(is_count(samples), "samples", "a whole number of at least 1", samples)
+    require_count("samples", samples)
 
     def function(contributions: Sequence[Contribution], local: Contribution) -> list[Contribution]:
         if not contributions:

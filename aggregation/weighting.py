@@ -24,6 +24,7 @@ from aggregation.base import (
     receiver_of,
     reporting,
     require,
+    require_count,
     stateless,
 )
 from aggregation.scoring import figure, require_measure, score
@@ -256,7 +257,7 @@ def participation(at_most: int = 50) -> Rule:
 
     Source: arXiv 2306.03401 (FedAU), the weights.
     """
-    _require_count("at_most", at_most)
+    require_count("at_most", at_most)
 
     def update(
         contributions: Sequence[Contribution], state: State, local: Contribution
@@ -301,7 +302,7 @@ def window(at_most: int = 50) -> Rule:
     Source: arXiv 2206.10189 (FedFix): p_i * ceil(tau_i / window) for a client that takes tau_i. Here the
     interval is counted rather than known.
     """
-    _require_count("at_most", at_most)
+    require_count("at_most", at_most)
 
     def update(
         contributions: Sequence[Contribution], state: State, local: Contribution
@@ -331,8 +332,3 @@ def _weighing(contribution: Contribution, weight: float) -> Contribution:
 def _latest(by_source: dict[str, V]) -> dict[str, V]:
     """The last MAX_SOURCES of a dict in which those seen last stand last."""
     return dict(list(by_source.items())[-MAX_SOURCES:])
-
-
-def _require_count(argument: str, value: object) -> None:
-    is_count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-    require(is_count, argument, "a whole number of at least 1", value)

@@ -78,9 +78,10 @@ class Work:
         own, held_out = (
             hold_out(everything, settings.validation) if judges(self._rules) else (everything, None)
         )
-        self._model = build_model(task)
-        self._receiver = make_receiver(task, self._model, held_out, own)
+        validation = None if held_out is None else restricted(task, held_out).train
         self._task = task if held_out is None else restricted(task, own)
+        self._model = build_model(task)
+        self._receiver = make_receiver(self._task, self._model, validation)
         self._settings = settings
         self._models = models
         self._seed = seed

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from aggregation.base import VALIDATION, Contribution, Local, Params, Receiver, Rule
 from aggregation.rules import build, merge
 from node.partition import Indices
-from node.tasks import Task, restricted
+from node.tasks import Task
 from protocols.errors import ConfigError
 
 Specs = Sequence[str | Mapping[str, Any]]
@@ -99,17 +99,9 @@ def _shaken(params: Params) -> Params:
     }
 
 
-def make_receiver(task: Task, model: nn.Module, validation: Indices | None, train: Indices) -> Receiver:
-    """What rules may use of a node whose own samples are these places in the task's training data.
+def make_receiver(task: Task, model: nn.Module, validation: tuple[Tensor, Tensor] | None) -> Receiver:
+    """What rules may use of a node that trains on this task.
 
-    model: a module of the task to work in.
+    model: a module of the task to work in. validation: inputs and targets that the node does not train on.
     """
-    judged = restricted(task, validation).train if validation is not None else None
-    return Receiver(
-        model=model,
-        loss=task.loss,
-        metrics=task.metrics,
-        samples=restricted(task, train).train,
-        validation=judged,
-        probe=task.probe,
-    )
+    return Receiver(model, task.loss, task.metrics, task.train, validation, task.probe)

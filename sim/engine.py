@@ -26,7 +26,7 @@ from node.optimizers import make_optimizer
 from node.partition import Indices
 from node.randomness import RoundStreams, torch_seed
 from node.settings import TrainingSettings
-from node.tasks import Task, build_model, classification_metrics, initial_params
+from node.tasks import Task, build_model, classification_metrics, initial_params, restricted
 from node.training import EVALUATION_BATCH, batch_indices, diverged, evaluate, train_on
 from node.weights import schema_hash, schema_of
 from protocols.errors import ConfigError, LocalError
@@ -102,10 +102,11 @@ class LocalEngine:
         )
         self._rule_states: dict[tuple[int, str], tuple[int, Any]] = {}
         self._receivers: dict[int, Receiver] = {}
-        try:
-            rehearse(self._rules, initial_params(self._task, seed), self._receiver(0))
-        except ValueError as error:
-            raise rule_error(error, table="") from error
+        if receiver := self._receiver(0):
+            try:
+                rehearse(self._rules, initial_params(self._task, seed), receiver)
+            except ValueError as error:
+                raise rule_error(error, table="") from error
         is_plain_float = all(
             dtype == torch.float32 or not dtype.is_floating_point for dtype in self._rows.layout
         )
@@ -360,12 +361,14 @@ class LocalEngine:
         self._rows.scatter(self._index(rows), tile)
         return answers
 
-    def _receiver(self, node: int) -> Receiver:
-        """Kept: rules ask for the same samples in every round."""
-        if node not in self._receivers:
+    def _receiver(self, node: int) -> Receiver | None:
+        """Kept: rules ask for the same samples in every round. None where no rule asks for any."""
+        if node not in self._receivers and any(rule.needs for rule in self._rules.values()):
+            own = restricted(self._task, self._own_parts[node])
             held_out = None if self._held_out is None else self._held_out[node]
-            self._receivers[node] = make_receiver(self._task, self._model, held_out, self._own_parts[node])
-        return self._receivers[node]
+            validation = None if held_out is None else restricted(self._task, held_out).train
+            self._receivers[node] = make_receiver(own, self._model, validation)
+        return self._receivers.get(node)
 
     def _merge_one(self, order: Merge) -> str:
         """As the daemon's `node.compute.Work` does."""

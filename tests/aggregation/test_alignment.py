@@ -143,6 +143,21 @@ def test_units_are_looked_at_where_they_are_read_last() -> None:
         assert targets[names[0]].startswith(("aten.relu", "aten.flatten")), "after the activation function"
 
 
+def test_all_places_of_a_residual_stream_are_looked_at_where_that_is_wanted() -> None:
+    model, inputs = NETWORKS["resnet_bn"]()
+    probe, own = probe_like(inputs), params_of(model)
+    symmetry = symmetry_of(model, probe)
+    other = symmetry.permute(own, symmetry.random(generator(6)))
+
+    last, everywhere = watched(symmetry), watched(symmetry, "all")
+    (orders,) = match_activations(symmetry, own, [other], probe, names_of(model), "all")
+
+    assert all(last[axis] == names[-1:] for axis, names in everywhere.items())
+    # Three streams are read by several layers each; the insides of blocks by one.
+    assert sorted(len(names) for names in everywhere.values()) == [1] * 6 + [2, 2, 3]
+    assert largest_difference(symmetry.permute(other, orders), own) == 0
+
+
 def test_a_matching_in_batches_is_that_of_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = NETWORKS["lenet"]()
     probe, own = probe_like(inputs, 96), params_of(model)
@@ -294,6 +309,7 @@ def test_probes_are_spread_evenly_and_in_whole_batches(samples: int, wanted: int
     [
         ({"name": "align.activation", "probe": "theirs"}, "probe must be one of own, shared, not 'theirs'"),
         ({"name": "align.activation", "samples": 0}, "samples must be a whole number of at least 1, not 0"),
+        ({"name": "align.activation", "places": "some"}, "places must be one of last, all, not 'some'"),
         ({"name": "align.weight", "restarts": -1}, "restarts must be a whole number of at least 0, not -1"),
         ({"name": "align.weight", "seed": True}, "seed must be a whole number of at least 0, not True"),
     ],

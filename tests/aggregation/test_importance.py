@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from aggregation import importance
 from aggregation.base import Contribution, Local, Params, Receiver
-from aggregation.importance import diagonal_fisher, evenly_spaced, fisher, fisher_mean, normalised
+from aggregation.importance import diagonal_fisher, fisher, fisher_mean, normalised
+from aggregation.probes import evenly_spaced
 from aggregation.weighting import fedavg
 
 

@@ -36,14 +36,12 @@ def test_a_single_sample_is_both() -> None:
     assert own.tolist() == held.tolist() == [5]
 
 
-def test_a_receiver_gets_the_samples_named() -> None:
+def test_a_receiver_has_the_tasks_own_tensors() -> None:
     task = toy(probe=torch.ones(4, 3))
 
-    receiver = make_receiver(task, build_model(task), np.array([1, 2]), np.array([0, 3, 4]))
+    receiver = make_receiver(task, build_model(task), None)
 
-    assert torch.equal(receiver.samples[0], task.train[0][[0, 3, 4]])
-    assert receiver.validation is not None
-    assert torch.equal(receiver.validation[1], task.train[1][[1, 2]])
+    assert receiver.samples is task.train, "no second copy of the data"
     assert receiver.probe is task.probe
 
 
@@ -80,11 +78,11 @@ class Branching(nn.Module):
         return self.layer(inputs) if inputs.sum().item() > 0 else -self.layer(inputs)
 
 
-def rehearsed(task: Task, *rule: object, validation: np.ndarray | None = None) -> Params:
+def rehearsed(task: Task, *rule: object, validation: tuple[Tensor, Tensor] | None = None) -> Params:
     rules = build_rules(rule, None)
     params = initial_params(task, 0)
     before = {name: tensor.clone() for name, tensor in params.items()}
-    rehearse(rules, params, make_receiver(task, build_model(task), validation, np.arange(20)))
+    rehearse(rules, params, make_receiver(task, build_model(task), validation))
     assert all(torch.equal(params[name], before[name]) for name in params)
     return params
 
@@ -92,7 +90,7 @@ def rehearsed(task: Task, *rule: object, validation: np.ndarray | None = None) -
 def test_rules_that_will_work_pass() -> None:
     rehearsed(toy(), "mean")
     rehearsed(toy(), "align.activation", "mean", "repair")
-    rehearsed(toy(), {"name": "choose", "of": [["mean"], ["align.weight", "mean"]]}, validation=np.arange(4))
+    rehearsed(toy(), {"name": "choose", "of": [["mean"], ["align.weight", "mean"]]}, validation=toy().test)
 
 
 def test_a_network_that_cannot_be_traced_is_told_before_the_first_round() -> None:
@@ -111,4 +109,4 @@ def test_a_probe_that_the_task_has_not_is_told_before_the_first_round() -> None:
 def test_a_metric_that_the_task_has_not_is_told_before_the_first_round() -> None:
     task = toy(metrics=lambda outputs, targets: {"f1": 0.5})
     with pytest.raises(ValueError, match="accuracy"):
-        rehearsed(task, "mean", {"name": "accept", "by": "accuracy"}, validation=np.arange(4))
+        rehearsed(task, "mean", {"name": "accept", "by": "accuracy"}, validation=toy().test)
