@@ -144,14 +144,12 @@ class Moments:
 
 
 def activation_gains(
-    symmetry: Symmetry, own: Params, others: Sequence[Params], inputs: Tensor, places: str = "last"
+    symmetry: Symmetry, own: Params, others: Sequence[Params], inputs: Tensor, places: str = "all"
 ) -> list[dict[int, Tensor]]:
     """For each of `others` the correlations of its units with the receiver's over the inputs [samples, ...].
 
-    An axis is looked at where it is read last: the input of the last layer that takes it, after the activation function
-    (DIMAT's matching nodes), or where no layer reads it (queries and keys), where it was written.
-
-    places: as in `watched`.
+    An axis is looked at where layers read it, after the activation function, or where none does (queries and keys),
+    where it was written. places: as in `watched`.
     """
     nodes = watched(symmetry, places)
     names = {name for each in nodes.values() for name in each}
@@ -200,10 +198,10 @@ def _activations(symmetry: Symmetry, params: Params, batch: Tensor, names: set[s
     return kept
 
 
-def watched(symmetry: Symmetry, places: str = "last") -> dict[int, list[str]]:
+def watched(symmetry: Symmetry, places: str = "all") -> dict[int, list[str]]:
     """For every free axis the nodes whose values tell what its units do.
 
-    places: "last", the input of the last layer that reads it, or "all" of them.
+    places: "all", the inputs of the layers that read it, or "last", that of the last one (DIMAT's matching nodes).
     """
     around = {axis.within for axis in symmetry.axes.values()}
     read: dict[int, list[str]] = {}
@@ -256,7 +254,7 @@ def match_activations(
     others: Sequence[Params],
     inputs: Tensor,
     names: Sequence[str],
-    places: str = "last",
+    places: str = "all",
 ) -> list[Permutations]:
     """For each of the other models the orders in which its units do most nearly what the receiver's do.
 
@@ -384,7 +382,7 @@ def match_weights(
 
 # --- the rules ------------------------------------------------------------------------------------------
 def by_activation(
-    probe: str = "own", samples: int = 512, places: str = "last", reestimate: bool = True
+    probe: str = "own", samples: int = 512, places: str = "all", reestimate: bool = True
 ) -> Rule:
     """Reorder each received model's units so that they do most nearly what the receiver's own do on probe data.
 
@@ -395,8 +393,9 @@ def by_activation(
         probe: "own": the receiver's training samples. "shared": inputs that all nodes have (`Task.probe`), better
             where peers learn from other classes than the receiver's.
         samples: probe inputs at most. A few per class and hidden unit are enough; cost grows with them.
-        places: where units are looked at that several layers read, as those of a residual stream. "last": by the last
-            of these layers, the paper's. "all": by each of them, their correlations added up.
+        places: where units are looked at that several layers read, as those of a residual stream. "all": where each of
+            them reads, the correlations added up. "last": where the last one does, which is the paper's own choice;
+            merged ResNets score worse by it.
         reestimate: BatchNorm's statistics before the comparison, as the paper does.
 
     Raises ValueError for an argument outside its range.

@@ -133,24 +133,25 @@ def test_dead_units_are_told_apart_by_their_weights() -> None:
     assert largest_difference(symmetry.permute(other, orders), own) == 0
 
 
-def test_units_are_looked_at_where_they_are_read_last() -> None:
+def test_units_are_looked_at_where_they_are_read() -> None:
     model, inputs = NETWORKS["resnet_bn"]()
     symmetry = symmetry_of(model, inputs)
     targets = {node.name: str(node.target) for node in symmetry.graph.graph.nodes}
 
-    for names in watched(symmetry).values():
+    for names in watched(symmetry, "last").values():
         assert len(names) == 1
         assert targets[names[0]].startswith(("aten.relu", "aten.flatten")), "after the activation function"
 
 
-def test_all_places_of_a_residual_stream_are_looked_at_where_that_is_wanted() -> None:
+@pytest.mark.parametrize("places", ["all", "last"])
+def test_all_places_of_a_residual_stream_are_looked_at_or_only_the_last(places: str) -> None:
     model, inputs = NETWORKS["resnet_bn"]()
     probe, own = probe_like(inputs), params_of(model)
     symmetry = symmetry_of(model, probe)
     other = symmetry.permute(own, symmetry.random(generator(6)))
 
-    last, everywhere = watched(symmetry), watched(symmetry, "all")
-    (orders,) = match_activations(symmetry, own, [other], probe, names_of(model), "all")
+    last, everywhere = watched(symmetry, "last"), watched(symmetry)
+    (orders,) = match_activations(symmetry, own, [other], probe, names_of(model), places)
 
     assert all(last[axis] == names[-1:] for axis, names in everywhere.items())
     # Three streams are read by several layers each; the insides of blocks by one.
