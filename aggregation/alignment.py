@@ -11,6 +11,7 @@ Git Re-Basin (arXiv 2209.04836, weight matching) for the other.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -23,8 +24,8 @@ from aggregation.base import (
     Receiver,
     Report,
     Rule,
+    is_number,
     receiver_of,
-    reporting,
     require,
     require_count,
 )
@@ -255,16 +256,22 @@ def match_activations(
     inputs: Tensor,
     names: Sequence[str],
     places: str = "all",
+    stay: float = 0.0,
 ) -> list[Permutations]:
     """For each of the other models the orders in which its units do most nearly what the receiver's do.
 
     names: of the parameters by which units are told apart that do nothing on these inputs, or the same as another.
-    places: as in `watched`.
+    places: as in `watched`. stay: what is added to the correlation of units in one place.
     """
     return [
-        _assign_with_ties(symmetry, gains, WeightMatching(symmetry, own, other, names))
+        _assign_with_ties(symmetry, _reluctant(gains, stay), WeightMatching(symmetry, own, other, names))
         for gains, other in zip(activation_gains(symmetry, own, others, inputs, places), others, strict=True)
     ]
+
+
+def _reluctant(gains: Gains, stay: float) -> Gains:
+    """With so much more correlation for each unit's own place."""
+    return {axis: gain + stay * torch.eye(len(gain), dtype=gain.dtype) for axis, gain in gains.items()}
 
 
 def _assign_with_ties(symmetry: Symmetry, gains: Gains, weights: "WeightMatching") -> Permutations:
@@ -382,20 +389,25 @@ def match_weights(
 
 # --- the rules ------------------------------------------------------------------------------------------
 def by_activation(
-    probe: str = "own", samples: int = 512, places: str = "all", reestimate: bool = True
+    probe: str = "own", samples: int = 512, places: str = "all", stay: float = 0.0, reestimate: bool = True
 ) -> Rule:
     """Reorder each received model's units so that they do most nearly what the receiver's own do on probe data.
 
     Before the comparison BatchNorm's statistics are re-estimated on the probe, in copies; what is handed on keeps its
-    own. Put `norm.reestimate` or `repair` behind the mean that follows.
+    own. Put `norm.reestimate` (with BatchNorm) or `repair` (without) behind the mean that follows: a mean with BatchNorm
+    and the statistics of others is near chance, however well it is aligned.
 
     Args:
         probe: "own": the receiver's training samples. "shared": inputs that all nodes have (`Task.probe`), better
-            where peers learn from other classes than the receiver's.
+            where peers mostly learn from other classes than the receiver's. Where they share no class at all no
+            alignment helps.
         samples: probe inputs at most. A few per class and hidden unit are enough; cost grows with them.
         places: where units are looked at that several layers read, as those of a residual stream. "all": where each of
             them reads, the correlations added up. "last": where the last one does, which is the paper's own choice;
             merged ResNets score worse by it.
+        stay: from a node's second merge on, what a unit's own place counts more than another, as a correlation from 0 to
+            2. 0 is the paper's. With 0.5 a unit moves only for a correlation that is higher by so much: where data are
+            unequal, noise would otherwise shuffle units again at each merge.
         reestimate: BatchNorm's statistics before the comparison, as the paper does.
 
     Raises ValueError for an argument outside its range.
@@ -407,9 +419,10 @@ def by_activation(
     require(probe in PROBES, "probe", f"one of {', '.join(PROBES)}", probe)
     require_count("samples", samples)
     require(places in PLACES, "places", f"one of {', '.join(PLACES)}", places)
+    require(is_number(stay) and 0 <= stay <= 2, "stay", "a number from 0 to 2", stay)
 
     def align(
-        receiver: Receiver, own: Params, others: Sequence[Params]
+        receiver: Receiver, own: Params, others: Sequence[Params], is_first: bool
     ) -> tuple[Symmetry, list[Permutations], str]:
         inputs = probe_of(receiver, probe, samples)
         symmetry = symmetry_of(receiver.model, inputs)
@@ -417,7 +430,8 @@ def by_activation(
             reestimated(receiver.model, params, inputs) if reestimate else params for params in (own, *others)
         ]
         names = _parameters(receiver)
-        orders = match_activations(symmetry, compared[0], compared[1:], inputs, names, places)
+        reluctance = 0.0 if is_first else stay
+        orders = match_activations(symmetry, compared[0], compared[1:], inputs, names, places, reluctance)
         return symmetry, orders, f"{len(inputs)} {probe} samples"
 
     return _rule("align.activation", align, (MODEL, SAMPLES))
@@ -437,7 +451,7 @@ def by_weight(restarts: int = 2, seed: int = 0) -> Rule:
     require_count("seed", seed, 0)
 
     def align(
-        receiver: Receiver, own: Params, others: Sequence[Params]
+        receiver: Receiver, own: Params, others: Sequence[Params], is_first: bool
     ) -> tuple[Symmetry, list[Permutations], str]:
         symmetry = symmetry_of(receiver.model, probe_of(receiver, "own", CHUNK))
         orders = [
@@ -453,18 +467,26 @@ def _parameters(receiver: Receiver) -> list[str]:
     return [name for name, _ in receiver.model.named_parameters()]
 
 
-_Align = Callable[[Receiver, Params, Sequence[Params]], tuple[Symmetry, list[Permutations], str]]
+_Align = Callable[[Receiver, Params, Sequence[Params], bool], tuple[Symmetry, list[Permutations], str]]
+"""(receiver, own, others, is_first) -> the structure, an order for each of the others, which probe."""
+
+
+class _Done(NamedTuple):
+    """What a rule remembers: merges that had something to align, and what the last one did."""
+
+    num_merges: int
+    report: Report
 
 
 def _rule(name: str, align: _Align, needs: Sequence[str]) -> Rule:
-    def function(
-        contributions: Sequence[Contribution], local: Contribution
-    ) -> tuple[list[Contribution], Report]:
+    def update(
+        contributions: Sequence[Contribution], state: _Done, local: Contribution
+    ) -> tuple[list[Contribution], _Done]:
         differing = [other for other in contributions if not same(other.params, local.params)]
         if not differing:
-            return list(contributions), {}
-        receiver = receiver_of(local)
-        symmetry, orders, probe = align(receiver, local.params, [other.params for other in differing])
+            return list(contributions), state._replace(report={})
+        others = [other.params for other in differing]
+        symmetry, orders, probe = align(receiver_of(local), local.params, others, state.num_merges == 0)
         moved = {
             id(other): replace(other, params=symmetry.permute(other.params, order))
             for other, order in zip(differing, orders, strict=True)
@@ -475,9 +497,10 @@ def _rule(name: str, align: _Align, needs: Sequence[str]) -> Rule:
         }
         if held := symmetry.left_alone():
             report[f"{name}.left_alone"] = "; ".join(f"{axis} {reason}" for axis, reason in held.items())
-        return [moved.get(id(other), other) for other in contributions], report
+        done = _Done(state.num_merges + 1, report)
+        return [moved.get(id(other), other) for other in contributions], done
 
-    return reporting(function, needs)
+    return Rule(lambda params: _Done(0, {}), update, frozenset(needs), lambda state: state.report)
 
 
 def _share_moved(symmetry: Symmetry, orders: Sequence[Permutations]) -> float:

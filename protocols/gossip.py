@@ -227,7 +227,7 @@ class Gossip(Machine):
         out = self._exchange.release(sound) if sound else []
         self._trained = event.ref
         self._exchange.hold(event.ref)
-        if (self.round + 1) % self._settings.exchange_every:
+        if self._is_quiet():
             return out + self._adopt(now, event.ref)
         self.phase = _COLLECTING
         out += self._offer(event.ref)
@@ -236,6 +236,13 @@ class Gossip(Machine):
         if self._has_enough():
             return out + self._merge(now, event)
         return [*out, self._timer("deadline", self._settings.deadline_s)]
+
+    def _is_quiet(self) -> bool:
+        """Whether this round only trains. What faster neighbours have sent by then waits for the first dense round: merged
+        before it, it would leave this node an exchange behind for good."""
+        settings = self._settings
+        before_dense = self.round < self._dense.start and not settings.sparse_fanout
+        return before_dense or bool((self.round + 1) % settings.exchange_every)
 
     def _offer(self, ref: ModelRef) -> list[Output]:
         settings = self._settings

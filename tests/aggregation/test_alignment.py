@@ -143,6 +143,25 @@ def test_units_are_looked_at_where_they_are_read() -> None:
         assert targets[names[0]].startswith(("aten.relu", "aten.flatten")), "after the activation function"
 
 
+def test_units_stay_where_another_place_is_not_much_better() -> None:
+    model, inputs = NETWORKS["mlp"]()
+    probe, own = probe_like(inputs), params_of(model)
+    symmetry = symmetry_of(model, probe)
+    noisy = {
+        name: tensor + 0.02 * torch.randn(tensor.shape, generator=generator(8))
+        for name, tensor in own.items()
+    }
+    shuffled = symmetry.permute(own, symmetry.random(generator(8)))
+
+    def orders(other: Params, stay: float) -> Any:
+        return match_activations(symmetry, own, [other], probe, names_of(model), stay=stay)[0]
+
+    stays = symmetry.identity()
+    assert all(torch.equal(order, stays[axis]) for axis, order in orders(noisy, 0.5).items())
+    assert largest_difference(symmetry.permute(shuffled, orders(shuffled, 0.5)), own) == 0
+    assert all(torch.equal(order, stays[axis]) for axis, order in orders(shuffled, 2.0).items())
+
+
 @pytest.mark.parametrize("places", ["all", "last"])
 def test_all_places_of_a_residual_stream_are_looked_at_or_only_the_last(places: str) -> None:
     model, inputs = NETWORKS["resnet_bn"]()
@@ -310,6 +329,7 @@ def test_probes_are_spread_evenly_and_in_whole_batches(samples: int, wanted: int
     [
         ({"name": "align.activation", "probe": "theirs"}, "probe must be one of own, shared, not 'theirs'"),
         ({"name": "align.activation", "samples": 0}, "samples must be a whole number of at least 1, not 0"),
+        ({"name": "align.activation", "stay": -0.1}, "stay must be a number from 0 to 2, not -0.1"),
         ({"name": "align.activation", "places": "some"}, "places must be one of last, all, not 'some'"),
         ({"name": "align.weight", "restarts": -1}, "restarts must be a whole number of at least 0, not -1"),
         ({"name": "align.weight", "seed": True}, "seed must be a whole number of at least 0, not True"),

@@ -503,7 +503,7 @@ def test_one_rule_is_told_in_full(covey: Covey) -> None:
 
     assert "needs          network, own samples" in text
     assert (
-        'rule = [..., {name = "align.activation", probe = "own", samples = 512, places = "all", reestimate = true}, ...]'
+        'rule = [..., {name = "align.activation", probe = "own", samples = 512, places = "all", stay = 0.0, reestimate = true}, ...]'
         in text
     )
     assert "arXiv 2404.08079" in text

@@ -523,8 +523,22 @@ def test_outside_the_dense_rounds_nobody_is_told_and_nobody_awaited() -> None:
     assert rig.gossip.phase is Phase.DONE
 
 
+def test_who_trains_alone_first_keeps_what_comes_for_the_first_dense_round() -> None:
+    """Merged early it would be missing there, and the node would lag by an exchange for good."""
+    rig = Rig(A, quorum=1, rounds=10, dense_from=0.2)
+    rig.step(Started((), (), OWN))
+    rig.arrive(A, ref(3, 2))
+    for number in range(2):
+        out = rig.train(ref(10 + number, number))
+        assert not of(Aggregate, out)
+        assert not of(SetTimer, out)
+        rig.step(Evaluated(rig.token, {}))
+    out = rig.train(ref(12, 2))
+    assert of(Aggregate, out) == [Aggregate(rig.token, ref(12, 2), (Input(A, ref(3, 2), 0),))]
+
+
 def test_a_sparse_exchange_merges_what_has_come() -> None:
-    rig = Rig(A, B, quorum=1, rounds=10, dense_from=0.5)
+    rig = Rig(A, B, quorum=1, rounds=10, dense_from=0.5, sparse_fanout=1e-9)
     rig.step(Started((), (), OWN))
     rig.arrive(A, ref(3))
     out = rig.train(ref(2))
@@ -616,7 +630,7 @@ def test_a_window_merges_at_the_next_multiple_of_its_length(now: float, after_s:
 
 
 def test_a_window_holds_without_a_quorum_and_in_sparse_rounds() -> None:
-    for options in ({"quorum": 0}, {"quorum": 1, "rounds": 10, "dense_from": 0.5}):
+    for options in ({"quorum": 0}, {"quorum": 1, "rounds": 10, "dense_from": 0.5, "sparse_fanout": 1e-9}):
         rig = at(Phase.TRAINING, window_s=10, **options)
         rig.arrive(A, ref(3))
         assert of(SetTimer, rig.train(ref(2)))
