@@ -257,14 +257,18 @@ def match_activations(
     names: Sequence[str],
     places: str = "all",
     stay: float = 0.0,
-) -> list[Permutations]:
+) -> list[Permutations | None]:
     """For each of the other models the orders in which its units do most nearly what the receiver's do.
+
+    None for a model whose activations are not finite, as weights that are finite but huge make them.
 
     names: of the parameters by which units are told apart that do nothing on these inputs, or the same as another.
     places: as in `watched`. stay: what is added to the correlation of units in one place.
     """
     return [
         _assign_with_ties(symmetry, _reluctant(gains, stay), WeightMatching(symmetry, own, other, names))
+        if all(bool(gain.isfinite().all()) for gain in gains.values())
+        else None
         for gains, other in zip(activation_gains(symmetry, own, others, inputs, places), others, strict=True)
     ]
 
@@ -410,6 +414,8 @@ def by_activation(
             unequal, noise would otherwise shuffle units again at each merge.
         reestimate: BatchNorm's statistics before the comparison, as the paper does.
 
+    A model whose activations are not finite is dropped.
+
     Raises ValueError for an argument outside its range.
 
     Source: arXiv 2404.08079 (DIMAT), MERGE: covariances of post-activation values, normalised, one assignment for each
@@ -423,7 +429,7 @@ def by_activation(
 
     def align(
         receiver: Receiver, own: Params, others: Sequence[Params], is_first: bool
-    ) -> tuple[Symmetry, list[Permutations], str]:
+    ) -> tuple[Symmetry, Sequence[Permutations | None], str]:
         inputs = probe_of(receiver, probe, samples)
         symmetry = symmetry_of(receiver.model, inputs)
         compared = [
@@ -452,7 +458,7 @@ def by_weight(restarts: int = 2, seed: int = 0) -> Rule:
 
     def align(
         receiver: Receiver, own: Params, others: Sequence[Params], is_first: bool
-    ) -> tuple[Symmetry, list[Permutations], str]:
+    ) -> tuple[Symmetry, Sequence[Permutations | None], str]:
         symmetry = symmetry_of(receiver.model, probe_of(receiver, "own", CHUNK))
         orders = [
             match_weights(symmetry, own, other, _parameters(receiver), seed, restarts) for other in others
@@ -467,8 +473,11 @@ def _parameters(receiver: Receiver) -> list[str]:
     return [name for name, _ in receiver.model.named_parameters()]
 
 
-_Align = Callable[[Receiver, Params, Sequence[Params], bool], tuple[Symmetry, list[Permutations], str]]
-"""(receiver, own, others, is_first) -> the structure, an order for each of the others, which probe."""
+_Align = Callable[
+    [Receiver, Params, Sequence[Params], bool], tuple[Symmetry, Sequence[Permutations | None], str]
+]
+"""(receiver, own, others, is_first) -> the structure, an order for each of the others, which probe. No order where there
+is nothing to compare."""
 
 
 class _Done(NamedTuple):
@@ -487,18 +496,23 @@ def _rule(name: str, align: _Align, needs: Sequence[str]) -> Rule:
             return list(contributions), state._replace(report={})
         others = [other.params for other in differing]
         symmetry, orders, probe = align(receiver_of(local), local.params, others, state.num_merges == 0)
-        moved = {
-            id(other): replace(other, params=symmetry.permute(other.params, order))
-            for other, order in zip(differing, orders, strict=True)
-        }
+        found = {id(other): order for other, order in zip(differing, orders, strict=True)}
+        usable = [order for order in orders if order is not None]
         report: dict[str, str | float] = {
             f"{name}.probe": probe,
-            f"{name}.moved": _share_moved(symmetry, orders),
+            f"{name}.moved": _share_moved(symmetry, usable),
         }
+        if len(usable) < len(orders):
+            report[f"{name}.dropped"] = len(orders) - len(usable)
         if held := symmetry.left_alone():
             report[f"{name}.left_alone"] = "; ".join(f"{axis} {reason}" for axis, reason in held.items())
         done = _Done(state.num_merges + 1, report)
-        return [moved.get(id(other), other) for other in contributions], done
+        aligned = [
+            replace(other, params=symmetry.permute(other.params, order))
+            for other in contributions
+            if (order := found.get(id(other), {})) is not None
+        ]
+        return aligned, done
 
     return Rule(lambda params: _Done(0, {}), update, frozenset(needs), lambda state: state.report)
 

@@ -45,7 +45,7 @@ ALIGNED: dict[str, Specs] = {
     "weight": ["align.weight"],
 }
 STREAMS: dict[str, Specs] = {
-    "activation, own, all places": [{"name": "align.activation", "samples": SAMPLES, "places": "all"}],
+    "activation, own, last place": [{"name": "align.activation", "samples": SAMPLES, "places": "last"}],
 }
 """For networks with a residual stream, which several layers read."""
 COLOURS = {

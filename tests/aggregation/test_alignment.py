@@ -340,6 +340,25 @@ def test_wrong_arguments_are_refused(spec: dict[str, Any], message: str) -> None
         build([spec, "mean"])
 
 
+def test_one_peers_huge_weights_cost_nobody_else_their_merge() -> None:
+    """Finite, within what the daemon lets in, and still no number comes out of the last layer."""
+    model, inputs = NETWORKS["mlp"]()
+    probe, own = probe_like(inputs), params_of(model)
+    symmetry = symmetry_of(model, probe)
+    other = symmetry.permute(own, symmetry.random(generator(1)))
+    huge = {name: torch.full_like(tensor, 1e10) for name, tensor in own.items()}
+    huge["0.weight"], huge["2.weight"] = huge["0.weight"] * 1e9, huge["2.weight"] * 1e9
+    rule = build(["align.activation", {"name": "mean", "conservative": 0.5}, "repair"])
+    local = Local(own, receiver=receiver_for(model, probe))
+
+    merged, state = merge(
+        rule, [Contribution(huge, source="b"), Contribution(other, source="a")], rule.init(own), local
+    )
+
+    assert rule.report(state)["align.activation.dropped"] == 1
+    assert largest_difference(merged, own) < 1e-4
+
+
 def test_without_a_receiver_it_says_what_is_missing() -> None:
     own = {"w": torch.zeros(2, 2)}
     rule = build(["align.weight", "mean"])
