@@ -75,7 +75,7 @@ def _assigned(gain: Tensor) -> Tensor:
     """For each row its column. In float64 on the CPU: the same on every machine."""
     from scipy.optimize import linear_sum_assignment  # here: reading a config should not wait for it
 
-    return torch.from_numpy(linear_sum_assignment(gain.numpy(), maximize=True)[1])
+    return torch.from_numpy(linear_sum_assignment(gain.detach().numpy(), maximize=True)[1])
 
 
 def inner_axes(symmetry: Symmetry, unit: int) -> list[int]:

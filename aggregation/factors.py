@@ -9,8 +9,9 @@ import math
 from collections.abc import Sequence
 
 INPUT, OUTPUT, POSITION = "is an input", "is an output", "is looked at by position"
+UNUSED = "is used nowhere"
 SLICED = "is sliced by position"
-NATURAL = (INPUT, OUTPUT, POSITION)
+NATURAL = (INPUT, OUTPUT, POSITION, UNUSED)
 """Reasons that nobody has to hear of."""
 
 

@@ -88,6 +88,7 @@ def _linear(trace: Trace, node: fx.Node) -> Dims:
 def _addmm(trace: Trace, node: fx.Node) -> Dims:
     bias, left, right = (trace.dims(argument) for argument in node.args[:3])
     unify(left[1], right[0])
+    trace.mixed += [([left[0], right[1]], left), ([left[0], right[1]], right)]
     out = [left[0], right[1]]
     for dim, place in zip(reversed(bias), (1, 0), strict=False):
         if dim and out[place]:
@@ -101,6 +102,8 @@ def _matmul(trace: Trace, node: fx.Node) -> Dims:
     columns = right[-1:] if len(right) > 1 else []
     unify(left[-1], right[-2] if len(right) > 1 else right[-1])
     batch = _broadcast(left[:-2], right[:-2])
+    # Every row meets every column: what is summed over has one order for all of them.
+    trace.mixed += [([*rows, *columns], left), ([*rows, *columns], right)]
     return [*batch, *rows, *columns]
 
 
@@ -146,7 +149,7 @@ def _convolution(trace: Trace, node: fx.Node, groups: int, transposed: bool = Fa
 
 def _convolve(transposed: bool) -> Handler:
     def handler(trace: Trace, node: fx.Node) -> Dims:
-        groups = _argument(node, 7 if transposed else 6, "groups", 1)
+        groups = _argument(node, 6, "groups", 1)
         return _convolution(trace, node, groups, transposed)
 
     return handler
@@ -200,6 +203,7 @@ def _attention(trace: Trace, node: fx.Node) -> Dims:
     mask = trace.dims(_argument(node, 3, "attn_mask"))
     unify(query[-1], key[-1])
     unify(key[-2], value[-2])
+    trace.mixed += [([query[-2], key[-2]], dims) for dims in (query, key, value)]
     batch = _broadcast(_broadcast(query[:-2], key[:-2]), value[:-2])
     if mask:
         _broadcast(mask, [*batch, query[-2], key[-2]])
@@ -406,11 +410,21 @@ def _glu(trace: Trace, node: fx.Node) -> Dims:
     return dims
 
 
+def _prelu(trace: Trace, node: fx.Node) -> Dims:
+    """One slope, or one for each channel."""
+    dims, slopes = trace.dims(node.args[0]), trace.dims(node.args[1])
+    if slopes and slopes[0]:
+        unify(dims[1], slopes[0])
+    return dims
+
+
 def _along(trace: Trace, node: fx.Node) -> Dims:
     """Minds the order along one dimension, and is entry by entry along the others."""
     dims = trace.dims(node.args[0])
     over = node.args[1]
-    for place in [over] if isinstance(over, int) else cast(Sequence[int], over):
+    places = [over] if isinstance(over, int) else cast(Sequence[int], over)
+    trace.mixed.append(([dims[place] for place in places], dims))
+    for place in places:
         hold(dims[place], f"meets {name_of(node)}, which minds the order of units")
     return dims
 
@@ -468,14 +482,12 @@ _ENTRYWISE = [
     "tanh",
     "tanh_",
     "softplus",
-    "softsign",
     "hardtanh",
     "hardtanh_",
     "hardswish",
     "hardswish_",
     "hardsigmoid",
     "hardsigmoid_",
-    "logsigmoid",
     "log_sigmoid",
     "threshold",
     "exp",
@@ -517,9 +529,8 @@ _ENTRYWISE = [
     "isnan",
     "logical_not",
     "bitwise_not",
-    "pow_scalar",
-    "identity",
     "lift_fresh_copy",
+    "_assert_tensor_metadata",
 ]
 _BROADCAST = [
     "add",
@@ -554,7 +565,6 @@ _BROADCAST = [
     "fmod",
     "remainder",
     "atan2",
-    "prelu_",
     "copy_",
 ]
 _REDUCED = ["mean", "sum", "amax", "amin", "prod", "any", "all", "logsumexp"]
@@ -602,6 +612,7 @@ HANDLERS: dict[str, Handler] = {
     **dict.fromkeys(("chunk", "split", "split_with_sizes", "tensor_split"), _chunked),
     "getitem": _item,
     "glu": _glu,
+    "prelu": _prelu,
 }
 """What is known, by the operation's name. Whatever is not here holds the axes that it meets."""
 

@@ -7,7 +7,7 @@ one entry in `RULES`; the laws in tests/aggregation/test_laws.py then hold for i
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -261,7 +261,8 @@ def build(specs: Sequence[str | Mapping[str, Any]]) -> Rule:
 
     The built rule checks what it is given, once, before the first link: every contribution and the local model
     are finite, every contribution has the local model's names, shapes and dtypes, a finite weight above 0 and
-    a staleness of at least 0. Its `update` raises ValueError naming the source and the tensor otherwise.
+    a staleness of at least 0. Its `update` raises ValueError naming the source and the tensor otherwise. Integer and
+    bool tensors of the contributions are replaced by the receiver's.
 
     Raises ValueError with the spec's index, the problem and what is allowed.
 
@@ -283,9 +284,19 @@ def build(specs: Sequence[str | Mapping[str, Any]]) -> Rule:
         contributions: Sequence[Contribution], state: State, local: Contribution
     ) -> tuple[list[Contribution], State]:
         _check(contributions, local)
-        return inner.update(contributions, state, local)
+        return inner.update([_with_own_integers(other, local) for other in contributions], state, local)
 
     return inner._replace(update=update)
+
+
+def _with_own_integers(other: Contribution, local: Contribution) -> Contribution:
+    """Counters, masks and index tables are the receiver's: those of a peer may point anywhere."""
+    foreign = {
+        name: own
+        for name, own in local.params.items()
+        if not own.is_floating_point() and not torch.equal(own, other.params[name])
+    }
+    return replace(other, params={**other.params, **foreign}) if foreign else other
 
 
 def merge(

@@ -25,6 +25,7 @@ from aggregation.base import (
     require_count,
     stateless,
 )
+from aggregation.operations import name_of
 from aggregation.probes import PROBES, batches, probe_of, same
 from aggregation.symmetry import Symmetry, arguments_of, symmetry_of
 
@@ -147,7 +148,7 @@ def _hidden_layers(symmetry: Symmetry) -> _Layers:
         weight, bias = _scaling(node)
         if weight not in sources or len(weight.users) > 1 or _is_last(node):
             continue
-        if not any(str(user.target).startswith(_NORMS) for user in node.users):
+        if not _feeds_norm(node):
             found[node] = (sources[weight], sources.get(bias))
     return found
 
@@ -171,15 +172,39 @@ def _argument(node: fx.Node, index: int) -> Any:
 
 
 def _is_last(node: fx.Node) -> bool:
-    """Whether nothing but a change of shape lies between it and the outputs."""
-    users = list(node.users)
-    return any(user.op == "output" or (_only_moves(user) and _is_last(user)) for user in users)
+    """Whether nothing but a change of shape or an activation function lies between it and the outputs."""
+    return any(user.op == "output" or (_hands_on(user) and _is_last(user)) for user in node.users)
 
 
-def _only_moves(node: fx.Node) -> bool:
+def _feeds_norm(node: fx.Node) -> bool:
+    """Whether a norm follows, perhaps behind a change of shape or a dropout."""
     return any(
-        word in str(node.target) for word in ("view", "reshape", "flatten", "squeeze", "permute", "transpose")
+        str(user.target).startswith(_NORMS) or (_hands_on(user) and not _bends(user) and _feeds_norm(user))
+        for user in node.users
     )
+
+
+_MOVES = (
+    "view",
+    "reshape",
+    "flatten",
+    "unflatten",
+    "squeeze",
+    "unsqueeze",
+    "permute",
+    "transpose",
+    "contiguous",
+)
+_DROPS = ("dropout", "dropout_", "feature_dropout", "feature_dropout_", "clone", "detach", "alias")
+_ENDS = ("softmax", "log_softmax", "sigmoid", "tanh", "relu", "softplus", "exp", "clamp")
+
+
+def _hands_on(node: fx.Node) -> bool:
+    return name_of(node) in (*_MOVES, *_DROPS, *_ENDS)
+
+
+def _bends(node: fx.Node) -> bool:
+    return name_of(node) in _ENDS
 
 
 def _channels(node: fx.Node) -> int:

@@ -21,7 +21,7 @@ ours; docs/decisions/0013 says why no library does it.
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
@@ -34,6 +34,7 @@ from aggregation.factors import (
     INPUT,
     NATURAL,
     OUTPUT,
+    UNUSED,
     Dim,
     Dims,
     Factor,
@@ -93,7 +94,7 @@ class Symmetry:
     """What may be permuted in a network.
 
     axes: by number.
-    tensors: how each entry of the state dict is laid out; one that is missing has no free axis.
+    tensors: how each entry of the state dict is laid out.
     nodes: the same for the activations, by the name of their node in `graph`.
     graph: the traced network.
     placeholders: what to give it, in order: the name of an entry of the state dict, a constant, or None for the inputs.
@@ -198,64 +199,89 @@ class UntraceableError(ValueError):
 def derive(model: nn.Module, inputs: Tensor) -> Symmetry:
     """What may be permuted in `model`, found on a batch of example inputs [samples, ...].
 
-    The module is as it was afterwards. What is found is also tried: axes whose random permutation changes the outputs
-    are held.
+    The module is as it was afterwards, and its values have no part in what is found. That is also tried: axes whose
+    random permutation changes the outputs are held. Where some parameters serve in training alone, the training mode
+    is looked into as well.
 
     Raises UntraceableError where torch.export cannot trace the module.
     """
-    program = _exported(model, inputs)
+    program = _exported(model, inputs, training=False)
     state = model.state_dict()
-    trace = Trace()
-    entries: dict[str, Dims] = {}
-    placeholders: list[str | Tensor | None] = []
-    for node, source in zip(program.graph.nodes, _sources(program), strict=False):
-        placeholders.append(
-            source if not isinstance(source, str) or source in state else program.constants[source]
-        )
-        if isinstance(source, str) and source in state:
-            trace.values[node] = entries[source] = [
-                [Factor(size, f"{source}[{place}]")] if size != 1 else []
-                for place, size in enumerate(state[source].shape)
-            ]
-        else:
-            trace.values[node] = held_like(node.meta.get("val"), INPUT)
-    for names in _aliases(model):
+    entries: dict[str, Dims] = {
+        name: [
+            [Factor(size, f"{name}[{place}]")] if size != 1 else [] for place, size in enumerate(tensor.shape)
+        ]
+        for name, tensor in state.items()
+    }
+    aliases = _aliases(model)
+    for names in aliases:
         first, *others = [entries[name] for name in names if name in entries] or [[]]
         for other in others:
             for one, dim in zip(first, other, strict=True):
                 unify(one, dim)
-        entries.update((name, first) for name in names if first)
+    trace = Trace()
+    _follow(trace, program, entries)
+    in_training = Trace()
+    used = _used(program, aliases)
+    if any(name not in used for name, _ in model.named_parameters()):
+        in_training_program = _exported(model, inputs, training=True)
+        _follow(in_training, in_training_program, entries)
+        used |= _used(in_training_program, aliases)
+    for name, dims in entries.items():
+        if name not in used or 0 in state[name].shape:
+            for dim in dims:
+                hold(dim, UNUSED)
+    nodes = {node: dims for node, dims in trace.values.items() if _is_tensor(dims)}
+    others_nodes = [dims for dims in in_training.values.values() if _is_tensor(dims)]
+    _settle(trace.mixed + in_training.mixed, list(entries.values()), [*nodes.values(), *others_nodes])
+    nodes = {node: dims for node, dims in nodes.items() if not any(_is_odd(dim) for dim in dims)}
+    numbering = _Numbering()
+    tensors = {name: numbering.layout(dims) for name, dims in entries.items()}
+    layouts = {node.name: numbering.layout(dims) for node, dims in nodes.items()}
+    found = Symmetry(
+        axes=numbering.axes([*tensors.values(), *layouts.values()]),
+        tensors=tensors,
+        nodes=layouts,
+        graph=program.graph_module,
+        placeholders=tuple(
+            source if source is None or source in state else program.constants[source]
+            for source in _sources(program)
+        ),
+        batch_size=len(inputs),
+    )
+    return _tried(found, state, inputs)
+
+
+def _follow(trace: Trace, program: Any, entries: dict[str, Dims]) -> None:
+    """Go through a traced program, whose parameters and buffers have the dimensions in `entries`."""
+    for node, source in zip(program.graph.nodes, _sources(program), strict=False):
+        known = entries.get(source) if source is not None else None
+        trace.values[node] = held_like(node.meta.get("val"), INPUT) if known is None else known
+    outputs = {
+        spec.arg.name
+        for spec in program.graph_signature.output_specs
+        if spec.kind.name == "USER_OUTPUT" and hasattr(spec.arg, "name")
+    }
     for node in program.graph.nodes:
         if node.op == "output":
             for argument in nodes_in(node.args):
-                for dim in all_dims(trace.values[argument]):
+                # In training mode BatchNorm's new statistics come out as well.
+                for dim in all_dims(trace.values[argument]) if argument.name in outputs else ():
                     hold(dim, OUTPUT)
         elif node.op != "placeholder":
             trace.values[node] = _handled(trace, node)
-    nodes = {node: dims for node, dims in trace.values.items() if _is_tensor(dims)}
-    _settle(trace, list(entries.values()), list(nodes.values()))
-    nodes = {node: dims for node, dims in nodes.items() if not any(_is_odd(dim) for dim in dims)}
-    numbering = _Numbering()
-    layouts = {key: numbering.layout(dims) for key, dims in (*entries.items(), *nodes.items())}
-    axes = numbering.axes(layouts.values())
-    found = Symmetry(
-        axes=axes,
-        tensors={
-            name: layouts[name]
-            for name in entries
-            if any(not axes[a].held for p in layouts[name] for a in p.axes)
-        },
-        nodes={node.name: layouts[node] for node in nodes},
-        graph=program.graph_module,
-        placeholders=tuple(placeholders),
-        batch_size=len(inputs),
-    )
-    return _tried(found, model, inputs)
 
 
-def _exported(model: nn.Module, inputs: Tensor) -> Any:
-    was_training = model.training
-    model.eval()
+def _used(program: Any, aliases: Sequence[Sequence[str]]) -> set[str]:
+    """Entries of the state dict that the program computes with, by all their names."""
+    named = zip(program.graph.nodes, _sources(program), strict=False)
+    used = {source for node, source in named if source is not None and node.users}
+    return used.union(*(names for names in aliases if used & set(names)))
+
+
+def _exported(model: nn.Module, inputs: Tensor, training: bool) -> Any:
+    flags = [(module, module.training) for module in model.modules()]
+    model.train(training)
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of recurrent layers' flat weights, which nothing here reads
@@ -264,7 +290,8 @@ def _exported(model: nn.Module, inputs: Tensor) -> Any:
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UntraceableError(f"torch.export cannot trace the network: {text}") from error
     finally:
-        model.train(was_training)
+        for module, flag in flags:
+            module.training = flag
 
 
 def _sources(program: Any) -> Iterator[str | None]:
@@ -284,13 +311,7 @@ def _handled(trace: Trace, node: fx.Node) -> Any:
     handler = HANDLERS.get(name_of(node), unknown)
     try:
         return handler(trace, node)
-    except (
-        IndexError,
-        KeyError,
-        TypeError,
-        AssertionError,
-        ValueError,
-    ):  # a form of the operation that is not known
+    except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError):  # not known in this form
         return unknown(trace, node)
 
 
@@ -298,7 +319,7 @@ def _is_tensor(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(axis, Factor) for dim in value for axis in dim)
 
 
-def _aliases(model: nn.Module) -> Iterable[list[str]]:
+def _aliases(model: nn.Module) -> list[list[str]]:
     """Names in the state dict that are one tensor."""
     named = (
         *model.named_parameters(remove_duplicate=False),
@@ -310,7 +331,7 @@ def _aliases(model: nn.Module) -> Iterable[list[str]]:
     return [group for group in names.values() if len(group) > 1]
 
 
-def _settle(trace: Trace, entries: Sequence[Dims], nodes: Sequence[Dims]) -> None:
+def _settle(mixtures: Sequence[tuple[Dims, Dims]], entries: Sequence[Dims], nodes: Sequence[Dims]) -> None:
     """Let an axis lie within another, or be stacked, only where that is so in every tensor."""
     tensors = [*entries, *nodes]
     while True:
@@ -322,7 +343,7 @@ def _settle(trace: Trace, entries: Sequence[Dims], nodes: Sequence[Dims]) -> Non
         for dim in (dim for dims in entries for dim in dims):
             if _is_odd(dim):
                 _simplify(dim)
-        for over, dims in trace.mixed:
+        for over, dims in mixtures:
             mixed = {axis for dim in over for axis in expand(dim)}
             for axis in {axis for dim in dims for axis in expand(dim)} - mixed:
                 # What is mixed over the units around an axis knows all of their orders at once.
@@ -427,47 +448,70 @@ def _hold_shared(piece: Piece, axes: dict[int, Axis]) -> None:
 
 
 # --- trying ---------------------------------------------------------------------------------------------
+GIVEN_AWAY = "changes the outputs when it is permuted"
 _TOLERANCE = 1e-3
-"""Of outputs, relative to the largest: far above rounding, and far below what a wrong order does."""
+"""Of outputs, relative to the largest: far above rounding, and far below what a wrong order does. Half precision rounds
+more coarsely."""
 
 
-def _tried(found: Symmetry, model: nn.Module, inputs: Tensor) -> Symmetry:
-    """`found` without the axes that a permutation of random parameters gives away."""
+_TRIALS = 4
+
+
+def _tried(found: Symmetry, state: Mapping[str, Tensor], inputs: Tensor) -> Symmetry:
+    """`found` without the axes that permutations of random parameters give away.
+
+    state: of the module, for shapes and dtypes; only its integers are used.
+    """
     generator = torch.Generator().manual_seed(0)
-    params = {name: _shaken(name, tensor, generator) for name, tensor in model.state_dict().items()}
+    params = {name: _drawn(name, tensor, generator) for name, tensor in state.items()}
     expected = run(found, params, inputs)
-    orders = found.random(generator)
-    if _agree(run(found, found.permute(params, orders), inputs), expected):
-        return found
-    wrong = {
-        number
-        for number in found.free
-        if not _agree(run(found, found.permute(params, _only(found, orders, number)), inputs), expected)
-    }
-    held = {
-        number: Axis(axis.size, axis.within, "changes the outputs when it is permuted", axis.name)
-        if number in wrong
-        else axis
-        for number, axis in found.axes.items()
-    }
-    return Symmetry(held, found.tensors, found.nodes, found.graph, found.placeholders, found.batch_size)
+    if not bool(expected.double().isfinite().all()):
+        return found  # nothing can be tried on such a network, and what was derived stands
+    for _ in range(_TRIALS):
+        orders = {number: _unlike(order) for number, order in found.random(generator).items()}
+        if _agree(run(found, found.permute(params, orders), inputs), expected):
+            continue
+        wrong = {
+            number
+            for number in found.free
+            if not _agree(run(found, found.permute(params, {number: orders[number]}), inputs), expected)
+        }
+        found = replace(
+            found,
+            axes={
+                number: replace(axis, held=GIVEN_AWAY)
+                if number in wrong or not (wrong or axis.held)
+                else axis
+                for number, axis in found.axes.items()
+            },
+        )
+    return found
 
 
-def _only(found: Symmetry, orders: Permutations, number: int) -> Permutations:
-    return {number: orders[number]}
+def _unlike(order: Tensor) -> Tensor:
+    """Of two units a random order is the old one every other time: then the next."""
+    stays = order == torch.arange(order.shape[-1])
+    return torch.where(stays.all(-1, keepdim=True), order.roll(1, -1), order)
 
 
-def _shaken(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """Near the parameters, but nowhere zero or alike."""
+def _drawn(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """Random, of a size at which activations neither fade nor explode; nowhere zero or alike."""
     if not tensor.is_floating_point():
         return tensor
-    noise = torch.rand(tensor.shape, generator=generator).to(tensor.dtype)
-    return tensor.detach() + (noise if name.endswith("running_var") else 0.2 * (noise - 0.5))
+    noise: Tensor = torch.rand(tensor.shape, generator=generator).to(tensor.device, tensor.dtype)
+    if name.endswith("running_var"):
+        return noise + 0.5
+    if tensor.ndim < 2:
+        return noise - 0.3  # no ReLU stays shut
+    fan_in = max(1, tensor.numel() // max(1, len(tensor)))
+    return (noise - 0.5) * math.sqrt(12 / fan_in)
 
 
 def _agree(outputs: Tensor, expected: Tensor) -> bool:
-    scale = float(expected.abs().max())
-    return math.isfinite(scale) and float((outputs - expected).abs().max()) <= _TOLERANCE * max(scale, 1e-30)
+    rounding = torch.finfo(expected.dtype).eps if expected.is_floating_point() else 0.0
+    outputs, expected = outputs.double(), expected.double()
+    scale = float(expected.abs().max()) if expected.numel() else 0.0
+    return bool((outputs - expected).abs().le(max(_TOLERANCE, 16 * rounding) * max(scale, 1e-30)).all())
 
 
 # --- running --------------------------------------------------------------------------------------------

@@ -8,8 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from aggregation.base import Contribution, Local, Params
-from aggregation.rules import merge
-from node.merging import FINAL, Specs, build_rules, hold_out, judges, make_receiver, rehearse
+from node.merging import FINAL, Specs, build_rules, hold_out, judges, make_receiver, merge_usable, rehearse
 from node.settings import TrainingSettings
 from node.store import BlobStore
 from node.tasks import Task, build_model, restricted
@@ -137,10 +136,10 @@ class Work:
         rule = self._rules[order.rule]
         if order.rule not in self._rule_states:
             self._rule_states[order.rule] = rule.init(own)
-        params, state = merge(rule, contributions, self._rule_states[order.rule], local)
+        params, state, report = merge_usable(rule, contributions, self._rule_states[order.rule], local)
         self._rule_states[order.rule] = state
         num_samples = order.own.num_samples
         if order.rule == FINAL:  # a sum over all nodes, on its way to the next one
             num_samples = min(MAX_SAMPLES, num_samples + sum(item.ref.num_samples for item in order.inputs))
         ref = self._models.save(params, order.own.round, num_samples)
-        return Aggregated(order.token, ref, tuple(rule.report(state).items()))
+        return Aggregated(order.token, ref, tuple(report.items()))

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from aggregation.base import VALIDATION, Contribution, Local, Params, Receiver, Rule
+from aggregation.base import VALIDATION, Contribution, Local, Params, Receiver, Report, Rule, State
 from aggregation.rules import build, merge
 from node.partition import Indices
 from node.tasks import Task
@@ -97,6 +97,38 @@ def _shaken(params: Params) -> Params:
         name: tensor * (1 + 1e-3 * noise(tensor)) if tensor.is_floating_point() else tensor
         for name, tensor in params.items()
     }
+
+
+def merge_usable(
+    rule: Rule, contributions: Sequence[Contribution], state: State, local: Contribution
+) -> tuple[Params, State, Report]:
+    """Merge; where that raises, without the models that cannot be merged even alone with the receiver's.
+
+    What a peer sent may be legal and still make a network, a loss or an assignment raise. One such model must not cost
+    the others theirs, round after round. The report names the sources left out, in "unusable".
+
+    Raises what the merge raised where no model is usable, or none is to blame.
+    """
+    try:
+        params, after = merge(rule, contributions, state, local)
+        return params, after, rule.report(after)
+    except Exception:  # a user's network, loss or metrics may raise anything
+        if len(contributions) < 2:
+            raise
+        usable = [other for other in contributions if _is_usable(rule, other, state, local)]
+        if not usable or len(usable) == len(contributions):
+            raise
+        params, after = merge(rule, usable, state, local)
+        left_out = [other.source for other in contributions if all(other is not kept for kept in usable)]
+        return params, after, {**rule.report(after), "unusable": ", ".join(left_out)}
+
+
+def _is_usable(rule: Rule, other: Contribution, state: State, local: Contribution) -> bool:
+    try:
+        merge(rule, [other], state, local)
+    except Exception:  # as above
+        return False
+    return True
 
 
 def make_receiver(task: Task, model: nn.Module, validation: tuple[Tensor, Tensor] | None) -> Receiver:

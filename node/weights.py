@@ -128,7 +128,7 @@ def check_weights(path: Path, schema: Schema) -> None:
 
     Reasons: TOO_LARGE (more than `max_blob_bytes`, before it is parsed), WRONG_FORMAT (not safetensors, or
     longer or shorter than its header says), WRONG_SHAPE (names, shapes or dtypes are not the schema's, before a
-    tensor is read), NON_FINITE. Raises LocalError where our own disk fails.
+    tensor is read), NON_FINITE (or a variance below 0, whose root is no number). Raises LocalError where our own disk fails.
     """
     try:
         size_bytes, limit = path.stat().st_size, max_blob_bytes(schema)
@@ -144,8 +144,11 @@ def check_weights(path: Path, schema: Schema) -> None:
                         Reason.WRONG_SHAPE, f"{_clip(name)}: expected {expected}, found {_clip(str(found))}"
                     )
             for name in schema:
-                if not all_sane(file.get_tensor(name)):
+                tensor = file.get_tensor(name)
+                if not all_sane(tensor):
                     raise PeerError(Reason.NON_FINITE, f"{_clip(name)} holds NaN or an infinity")
+                if name.endswith("running_var") and tensor.numel() and float(tensor.min()) < 0:
+                    raise PeerError(Reason.NON_FINITE, f"{_clip(name)} holds a negative variance")
     except SafetensorError as error:
         raise PeerError(Reason.WRONG_FORMAT, _clip(str(error))) from error
     except OSError as error:

@@ -19,9 +19,8 @@ from torch.func import functional_call, grad, vmap
 
 from aggregation.base import Contribution, Local, Params, Receiver
 from aggregation.batched import build_batched
-from aggregation.rules import merge
 from aggregation.statistics import reestimated
-from node.merging import ROUND, build_rules, make_receiver, rehearse, rule_error
+from node.merging import ROUND, build_rules, make_receiver, merge_usable, rehearse, rule_error
 from node.optimizers import make_optimizer
 from node.partition import Indices
 from node.randomness import RoundStreams, torch_seed
@@ -391,7 +390,7 @@ class LocalEngine:
             life, state = self._rule_states.get(key, (order.life, None))
             if state is None or life != order.life:
                 state = rule.init(local.params)
-            params, state = merge(rule, contributions, state, local)
+            params, state, _ = merge_usable(rule, contributions, state, local)
             self._rule_states[key] = (order.life, state)
             self._rows.put(order.row, params)
             insane = self._rows.insane(self._rows.gather(self._index([order.row])))

@@ -158,6 +158,24 @@ def test_a_local_model_that_is_not_finite_is_refused() -> None:
         rule.update([contribution()], rule.init(local.params), local)
 
 
+def test_integers_of_a_peer_are_never_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def looks(contributions: Any, local: Contribution) -> list[Contribution]:
+        seen.extend(contributions)
+        return list(contributions)
+
+    monkeypatch.setitem(RULES, "looks", passing_entry(lambda: stateless(looks)))
+    rule = build(["looks", "mean"])
+    local = Contribution({"w": torch.zeros(2), "ids": torch.arange(3)})
+    foreign = Contribution({"w": torch.ones(2), "ids": torch.full((3,), 10**12)})
+
+    merge(rule, [foreign], rule.init(local.params), local)
+
+    assert torch.equal(seen[0].params["ids"], torch.arange(3))
+    assert torch.equal(foreign.params["ids"], torch.full((3,), 10**12)), "what came in stays as it is"
+
+
 def test_contributions_are_checked_once_and_before_the_first_link(monkeypatch: pytest.MonkeyPatch) -> None:
     def spoils(contributions: Any, local: Contribution) -> list[Contribution]:
         return [contribution(params={"w": torch.full((2, 2), math.nan)})]

@@ -162,6 +162,18 @@ def test_output_layers_and_layers_before_a_batch_norm_are_left_alone() -> None:
         assert torch.equal(fixed[untouched], merged[untouched])
 
 
+@pytest.mark.parametrize("end", [nn.LogSoftmax(1), nn.Sigmoid(), nn.Flatten()])
+def test_the_output_layer_is_one_behind_an_activation_function_too(end: nn.Module) -> None:
+    model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3), end).eval()
+    probe, one = torch.randn(32, 5, generator=torch.Generator().manual_seed(1)), params_of(model)
+    merged = random_like(one, 2)
+
+    fixed = repaired(symmetry_of(model, probe), merged, [(1.0, one)], probe)
+
+    assert torch.equal(fixed["2.weight"], merged["2.weight"])
+    assert not torch.equal(fixed["0.weight"], merged["0.weight"])
+
+
 def test_the_rule_takes_the_shares_of_the_mean_before_it() -> None:
     model, inputs = NETWORKS["mlp"]()
     probe, own = probe_like(inputs, 64), params_of(model)

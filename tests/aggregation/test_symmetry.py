@@ -235,6 +235,21 @@ def qk_norm(net: Net, x: Tensor) -> Tensor:
     return net.last(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)).mean(1)
 
 
+def heads_flipped(net: Net, x: Tensor) -> Tensor:
+    hidden = net.first(x).view(-1, 2, 2)
+    return net.last((hidden * hidden.flip(1)).flatten(1))
+
+
+def heads_compared(net: Net, x: Tensor) -> Tensor:
+    """Every head with every other: their units have one order."""
+    hidden = net.first(x).view(-1, 2, 4)
+    return net.last(hidden @ hidden.transpose(1, 2)).flatten(1)
+
+
+def casts(net: Net, x: Tensor) -> Tensor:
+    return net.last(net.first(x).float().relu())
+
+
 flat, sequence, image = (6, 6), (6, 5, 6), (6, 3, 5, 5)
 TEMPTATIONS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     "channel shuffle": (
@@ -266,6 +281,28 @@ TEMPTATIONS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], int]] = {
     ),
     "split and joined": (lambda: Net(parts, first=linear(6, 8), last=linear(8, 4)), flat, 2),
     "strided": (lambda: Net(strided, first=linear(6, 8), last=linear(4, 4)), flat, 0),
+    "heads flipped": (lambda: Net(heads_flipped, first=linear(6, 4), last=linear(4, 4)), flat, 0),
+    "heads compared": (lambda: Net(heads_compared, first=linear(6, 8), last=linear(2, 4)), flat, 1),
+    "cast": (lambda: Net(casts, first=linear(6, 8), last=linear(8, 4)), flat, 1),
+    "one slope a channel": (
+        lambda: nn.Sequential(linear(6, 8), nn.PReLU(8), linear(8, 4)),
+        flat,
+        1,
+    ),
+    "transposed convolution": (
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.ConvTranspose2d(8, 6, 3, dilation=2), nn.Flatten(), nn.Linear(6 * 49, 4)
+        ),
+        image,
+        2,
+    ),
+    "transposed convolution in groups": (
+        lambda: nn.Sequential(
+            nn.Conv2d(3, 8, 3), nn.ConvTranspose2d(8, 6, 3, groups=2), nn.Flatten(), nn.Linear(6 * 25, 4)
+        ),
+        image,
+        2,
+    ),
     "unbound": (lambda: Net(unbound, first=linear(6, 24), last=linear(8, 4)), sequence, 3),
     "norm over positions too": (lambda: Net(whole, first=linear(6, 8), last=linear(8, 4)), sequence, 1),
     "norm of queries and keys": (
@@ -313,6 +350,50 @@ def test_frozen_and_shared_parameters_are_permuted_like_others() -> None:
 
     assert sizes(symmetry) == [(8, 0), (8, 0)]
     assert difference(tied, symmetry.permute(params_of(tied), symmetry.random(generator())), inputs) < 1e-5
+
+
+class Auxiliary(nn.Module):
+    """A second head that only training sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.second = nn.Linear(6, 8), nn.Linear(8, 3), nn.Linear(8, 3)
+        self.unused = nn.Parameter(torch.ones(8))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        hidden = self.first(inputs).relu()
+        return self.last(hidden) + 0.3 * self.second(hidden) if self.training else self.last(hidden)
+
+
+def test_what_only_training_computes_is_permuted_along() -> None:
+    model, inputs = Auxiliary(), torch.randn(flat, generator=generator())
+    symmetry = derive(model.eval(), inputs)
+
+    assert [symmetry.axes[number].name for number in symmetry.free] == ["first.weight[0]"]
+    permuted = symmetry.permute(params_of(model), symmetry.random(generator()))
+    for training in (False, True):
+        model.train(training)
+        assert difference(model, permuted, inputs) < 1e-5
+    assert torch.equal(permuted["unused"], model.unused)
+
+
+@pytest.mark.parametrize("value", [math.nan, 1e30, 0.0])
+def test_what_the_module_happens_to_hold_has_no_part_in_it(value: float) -> None:
+    model, inputs = NETWORKS["mlp"]()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(value)
+
+    assert sizes(derive(model, inputs)) == [(12, 0), (16, 0)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_network_of_another_precision_keeps_its_freedom(dtype: torch.dtype) -> None:
+    model = nn.Sequential(
+        nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 4)
+    ).to(dtype)
+
+    assert sizes(derive(model, torch.randn(8, 64, generator=generator()).to(dtype))) == [(256, 0), (256, 0)]
 
 
 def test_a_wrong_handler_is_found_out_by_trying(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from aggregation.base import Params
-from node.merging import build_rules, hold_out, judges, make_receiver, rehearse, rule_error
+from aggregation.base import Contribution, Local, Params
+from node.merging import (
+    build_rules,
+    hold_out,
+    judges,
+    make_receiver,
+    merge_usable,
+    rehearse,
+    rule_error,
+)
 from node.tasks import Task, build_model, initial_params, mlp
 
 
@@ -66,6 +74,44 @@ def test_mistakes_are_told_at_the_field_they_are_about() -> None:
         build_rules(["mean"], ["krum"])
     assert rule_error(caught.value).path == "learning.final_rule"
     assert rule_error(caught.value, table="").path == "final_rule"
+
+
+# --- one bad model among good ones ----------------------------------------------------------------------
+def given(params: Params, source: str) -> Contribution:
+    return Contribution(params, source=source)
+
+
+def test_one_model_that_makes_a_rule_raise_costs_the_others_nothing() -> None:
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        if outputs.abs().max() > 1e6:
+            raise RuntimeError("all elements of input should be between 0 and 1")
+        return torch.nn.functional.cross_entropy(outputs, targets)
+
+    task = toy(loss=loss)
+    own, other = initial_params(task, 1), initial_params(task, 2)
+    bad = {name: torch.full_like(tensor, 1e9) for name, tensor in own.items()}
+    rule = build_rules(["weight.metric", "mean"], None)["round"]
+    local = Local(own, receiver=make_receiver(task, build_model(task), task.test))
+
+    params, _, report = merge_usable(
+        rule, [given(bad, "liar"), given(other, "honest")], rule.init(own), local
+    )
+
+    assert report["unusable"] == "liar"
+    assert all(torch.allclose(params[name], (own[name] + other[name]) / 2) for name in own)
+    with pytest.raises(RuntimeError, match="between 0 and 1"):
+        merge_usable(rule, [given(bad, "liar")], rule.init(own), local)
+
+
+def test_a_merge_that_fails_for_all_is_not_tried_without_some() -> None:
+    task = toy(metrics=lambda outputs, targets: {"f1": 0.5})
+    own = initial_params(task, 1)
+    rule = build_rules(["mean", {"name": "accept", "by": "accuracy"}], None)["round"]
+    local = Local(own, receiver=make_receiver(task, build_model(task), task.test))
+    received = [given(initial_params(task, seed), f"p{seed}") for seed in (2, 3)]
+
+    with pytest.raises(ValueError, match="accuracy"):
+        merge_usable(rule, received, rule.init(own), local)
 
 
 # --- rehearsal ------------------------------------------------------------------------------------------

@@ -181,6 +181,13 @@ def test_values_that_are_not_finite_are_refused_by_name(name: str, value: float)
     assert (error.reason, error.detail) == (Reason.NON_FINITE, f"{name} holds NaN or an infinity")
 
 
+def test_a_variance_below_zero_is_refused() -> None:
+    params = {"bn.running_var": torch.tensor([1.0, -0.25])}
+    error = refusal(encode_params(params), params)
+    assert error is not None
+    assert (error.reason, error.detail) == (Reason.NON_FINITE, "bn.running_var holds a negative variance")
+
+
 def test_an_empty_tensor_passes() -> None:
     params = {"none": torch.zeros(0, 3)}
     assert refusal(encode_params(params), params) is None
