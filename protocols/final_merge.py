@@ -8,6 +8,8 @@ it perhaps twice. Source: arXiv 2507.06542 (many rounds of sparse gossip, one av
 
 A node that is ready beats at once with round = rounds, one whose session has begun with rounds + 1. What a session
 offers is told by the round of its reference: rounds + 1 + the number of the stage, from 1; rounds + 1 is a result.
+Nobody can check a result. So a node calls only that one which it has merged itself, and takes one only from whom its
+plan has it come, or where the others have left it behind.
 """
 
 import hashlib
@@ -176,8 +178,9 @@ class FinalMerge:
         self._num_stages = 0
         self._has_result = False
         self._has_merged = False
+        """Whether what it has is a merge made here."""
         self._in_time: set[PeerId] = set()
-        """Neighbours that had not begun when this node was ready: they know of it."""
+        """Neighbours that had not begun when this node was ready: they know of it, and it is in their plans."""
         self._graced = False
         self._ready_at = 0.0
         self._began_at = 0.0
@@ -192,10 +195,9 @@ class FinalMerge:
         self._own = self._running = own
         self._exchange.hold(own)
         self._ready_at = now
-        learners = self._view.learners()
-        if self._result() is not None or self._is_missed(learners):
+        self._in_time.update(peer for peer in self._view.learners() if not self._has_begun(peer))
+        if self._is_left_behind():
             return self._be_late(now)
-        self._in_time.update(peer for peer in learners if not self._has_begun(peer))
         out = self._view.heartbeat()
         if self._all_are_ready():
             return out + self._start(now, _NOTHING)
@@ -215,6 +217,17 @@ class FinalMerge:
             out += self._exchange.release(self._box.pop(next(iter(self._box))))
         return out
 
+    @property
+    def took_part(self) -> bool:
+        """Whether it has been in a session that came to something."""
+        return len(self._members) > 1 and self._has_news
+
+    @property
+    def made_result(self) -> bool:
+        """Whether what it ended with is a merge made here: on the word of another, and as its own, it is none."""
+        own, chosen = self._own, self.chosen
+        return self._has_merged and own is not None and chosen is not None and chosen.digest != own.digest
+
     def linger_s(self) -> float:
         """How long after its end others may still want what this node offered in its session; 0 where it did not."""
         return self._deadline_s * (self._stage.number + 1) if self._lent else 0.0
@@ -227,16 +240,13 @@ class FinalMerge:
     # --- gathering --------------------------------------------------------------------------------------
     def _look_around(self, now: float, event: Event | Notice) -> list[Output]:
         """Begin once all learning neighbours are ready. Who has none waits: after a restart links are yet to come."""
-        if self._result() is not None:
+        if type(event) is Received and not self._has_begun(event.peer):
+            self._in_time.add(event.peer)
+        if self._is_left_behind():
             return self._be_late(now)
-        if type(event) is Received and event.peer not in self._in_time:
-            if self._is_missed([event.peer]):
-                return self._be_late(now)
-            if not self._has_begun(event.peer):
-                self._in_time.add(event.peer)
         if self._all_are_ready():
             return self._start(now, event)
-        if self._graced or not any(map(self._has_begun, self._view.live_learners())):
+        if self._graced or not any(map(self._has_begun, self._partners())):
             return []
         self._graced = True
         left_s = self._ready_at + self._deadline_s - now
@@ -249,21 +259,34 @@ class FinalMerge:
         """Or is through."""
         return self._view.round_of(peer) > self._rounds
 
-    def _all_are_ready(self) -> bool:
-        learners = self._view.live_learners()
-        return bool(learners) and all(map(self._is_ready, learners))
+    def _partners(self) -> list[PeerId]:
+        """Learning neighbours that can be in a session with this node: those who have not begun without it."""
+        return [
+            peer for peer in self._view.live_learners() if peer in self._in_time or not self._has_begun(peer)
+        ]
 
-    def _is_missed(self, peers: Collection[PeerId]) -> bool:
-        """Whether one of these neighbours is in a session without this node, or through, and nobody is left for another."""
-        learners = self._view.live_learners()
-        begun = [peer for peer in peers if self._has_begun(peer)]
-        return any(peer in learners for peer in begun) or (
-            bool(begun) and all(map(self._has_begun, learners))
-        )
+    def _all_are_ready(self) -> bool:
+        partners = self._partners()
+        return bool(partners) and all(map(self._is_ready, partners))
+
+    def _num_ahead(self) -> int:
+        """Neighbours that are in a session without this node, or through."""
+        partners = self._partners()
+        return sum(self._has_begun(peer) and peer not in partners for peer in self._view.learners())
+
+    def _is_left_behind(self) -> bool:
+        """Whether nobody is left for a session, or more are ahead than it could have members.
+
+        One neighbour's word for it takes nobody away from those who are still to come.
+        """
+        num_ahead, num_partners = self._num_ahead(), len(self._partners())
+        return num_ahead > (num_partners + 1 if num_partners else 0)
 
     def _start(self, now: float, event: Event | Notice) -> list[Output]:
         """With those who are ready. Who is not by now stays out, and is offered the result."""
-        ready = [peer for peer in self._view.live_learners() if self._is_ready(peer)]
+        ready = [peer for peer in self._partners() if self._is_ready(peer)]
+        if not ready and self._num_ahead():
+            return self._be_late(now)
         self._members = in_order((self._view.me, *ready), self._view.network)
         self._began_at = now
         if not ready:
@@ -277,7 +300,10 @@ class FinalMerge:
         return [*self._view.heartbeat(), *self._next_stage(now)]
 
     def _be_late(self, now: float) -> list[Output]:
-        """The neighbours have begun without this node: nobody waits for it, and it waits for their result."""
+        """The neighbours have begun without this node: nobody waits for it, and it waits for their result.
+
+        Which it cannot verify, so it keeps that to itself.
+        """
         self._at = _At.LATE
         self._members = (self._view.me,)
         self._view.active = False
@@ -321,9 +347,9 @@ class FinalMerge:
     def _offer(self, peers: Collection[PeerId], as_result: bool) -> list[Output]:
         assert self._running is not None
         live = [peer for peer in peers if self._view.is_live(peer)]
-        if not live or (as_result and not self._has_news):
+        if not live or (as_result and not self._has_merged):
             return []
-        stage = 0 if as_result or self._has_result else self._stage.number
+        stage = 0 if as_result else self._stage.number
         ref = replace(self._running, round=self._rounds + 1 + stage)
         self._exchange.hold(ref)
         self._lent.append(ref)
@@ -335,7 +361,7 @@ class FinalMerge:
         return self._has_merged or self._has_result
 
     def _is_complete(self) -> bool:
-        """Whether all came who still can. A result makes every wait pointless."""
+        """Whether all came who still can. The result makes every wait pointless."""
         if self._has_result or self._result() is not None:
             return True
         came = self._came()
@@ -365,9 +391,15 @@ class FinalMerge:
         )
 
     def _result(self) -> PeerId | None:
-        """Who has sent a result: in a session a member, else anybody."""
+        """Who has sent the result: whom the own plan has it come from, now or later, or to one who is late anybody."""
+        due = {
+            peer
+            for stage in (self._stage, *self._stages)
+            if stage.takes_result
+            for peer in stage.receive_from
+        }
         for peer, ref in self._box.items():
-            if ref.round == self._rounds + 1 and (len(self._members) < 2 or peer in self._members):
+            if ref.round == self._rounds + 1 and (self._at is _At.LATE or peer in due):
                 return peer
         return None
 
@@ -377,7 +409,7 @@ class FinalMerge:
         assert self._running is not None
         out = self._exchange.release(self._running)
         self._running = self._box.pop(peer)
-        self._has_result = True
+        self._has_result, self._has_merged = True, False
         return out
 
     def _add_merged(self, now: float, event: Event | Notice) -> list[Output]:

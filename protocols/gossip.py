@@ -376,7 +376,7 @@ class Gossip(Machine):
         return 0 < self._settings.rounds <= self.round
 
     def _finish(self, now: float) -> list[Output]:
-        """The rounds are over; a model of a later one has the final merge behind it."""
+        """The rounds are over; a checkpoint of a later one has the final merge behind it."""
         assert self._own is not None
         if self._final is None or self.round > self._settings.rounds:
             return self._stop_learning()
@@ -387,11 +387,20 @@ class Gossip(Machine):
         assert self._own is not None
         self.phase = _DONE
         self._exchange.open = False
-        self._view.round, self._view.active = self._own.round, False
+        offered = self._own
+        if (final := self._final) is not None:
+            # That the final merge is over is only the checkpoint's to say: it may have been one of nobody else's, and
+            # after a restart nobody knows.
+            last = self._settings.rounds
+            self._view.round = last + final.took_part
+            offered = msgspec.structs.replace(offered, round=last + final.made_result)
+        else:
+            self._view.round = offered.round
+        self._view.active = False
         out: list[Output] = [Emit(LearningDone(round=self.round)), *self._view.heartbeat()]
         out += self._let_go_of_rounds()
         # Whoever links up later, a node back from a crash above all, is offered the final model.
-        return out + self._exchange.present(self._own)
+        return out + self._exchange.present(offered)
 
     def _let_go_of_rounds(self) -> list[Output]:
         refs = [*self._inbox.values(), *([self._sound] if self._sound is not None else [])]
@@ -412,7 +421,8 @@ class Gossip(Machine):
         if chosen is None:
             return out
         before, own = self._own, msgspec.structs.replace(chosen, round=self.round + 1)
-        # Of this node: the merged model's number says what is behind it.
+        # Of this node: the merged model's number says what is behind it. The round marks the checkpoint as of a node that
+        # has its final merge behind itself, whatever came of it.
         self._own = msgspec.structs.replace(own, num_samples=before.num_samples)
         out = [*out, *self._exchange.release(before), Keep(self._own), *self._stop_learning()]
         linger_s = self._final.linger_s()

@@ -22,7 +22,7 @@ What the core promises:
 | `greeted` | Send, Fetch | one hello first; heartbeats, offers and fetches only after the peer's hello was accepted |
 | `dials` | Dial | neither to itself nor to a peer that is linked or being dialled |
 | `rounds` | RoundDone, LearningDone, Keep, Train | rise, by `MAX_JUMP` + 1 at most, and stay below the last |
-| `final` | FinalMergeDone | once, after the last round, and before the end of learning |
+| `final` | FinalMergeDone, Send of an offer | once, after the last round, and before the end of learning; only what was merged there is offered as a result |
 | `encodes` | Send | the message survives its encoding (where asked for) |
 | `halts` | Halt | only when stopped |
 | `bounds` | each step | inbox, waiting offers, transfers, offered models and accepted links within the settings |
@@ -176,6 +176,7 @@ class Facts:
         "failed",
         "fetch_token",
         "fetching",
+        "final_models",
         "final_peers",
         "greeted",
         "held",
@@ -233,6 +234,8 @@ class Facts:
         """Its final merge is over."""
         self.final_peers: set[PeerId] = set()
         """Whose models went into it."""
+        self.final_models: set[bytes] = set()
+        """What came of merging them here."""
         self.round_at_s = now
         self.seen_at_s = now
         self.since_s = now
@@ -289,10 +292,21 @@ class Facts:
         order, self.order = self.order, None
         if isinstance(event, Trained | Aggregated):
             self.held.add(event.ref.digest)
+            if isinstance(event, Aggregated) and order is not None and isinstance(order.effect, Aggregate):
+                self._see_merged(order.effect, event.ref.digest)
         elif isinstance(event, WorkFailed) and order is not None and isinstance(order.effect, Train):
             # The same round would fail again.
             self.round += 1
             self.ceiling += 1
+
+    def _see_merged(self, order: Aggregate, digest: bytes) -> None:
+        """A choice of the own model is no merge, nor is that of a result that came from elsewhere."""
+        chose_own = digest == order.own.digest
+        candidates = {item.ref.digest for item in order.inputs}
+        if order.rule == "final" or (
+            order.rule == "accept" and not chose_own and self.final_models & candidates
+        ):
+            self.final_models.add(digest)
 
     def _see_link(self, event: LinkUp | LinkDown | DialFailed) -> None:
         peer = peer_of(event.address) if isinstance(event, DialFailed) else event.peer
@@ -553,6 +567,16 @@ def _final_merged(facts: Facts, emit: Emit) -> str:
     return "" if facts.core.round >= settings.rounds else f"a final merge in round {facts.core.round}"
 
 
+def _result_merged(facts: Facts, send: Send) -> str:
+    learning = facts.core.learning
+    if type(send.message) is not Offer or learning is None or learning._settings.final_merge == "none":
+        return ""
+    ref = send.message.ref
+    if ref.round != learning._settings.rounds + 1 or ref.digest in facts.final_models:
+        return ""
+    return f"model {brief(ref.digest)} is offered as the result, and was not merged here"
+
+
 def _in_reach(facts: Facts, round_: int, what: str) -> str:
     if facts.ended < round_ <= facts.ceiling:
         return ""
@@ -765,6 +789,7 @@ RULES = (
     Rule("rounds", (Keep,), _kept_round),
     Rule("rounds", (Emit,), _told_round),
     Rule("final", (Emit,), _final_merged),
+    Rule("final", (Send,), _result_merged),
     Rule("halts", (Halt,), _halts),
     Rule("timers", (SetTimer,), _num_timers),
 )

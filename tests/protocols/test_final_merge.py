@@ -49,9 +49,11 @@ from protocols.final_merge import (
     num_stages,
 )
 from protocols.gossip import GossipSettings
-from protocols.messages import Offer
+from protocols.messages import Heartbeat, Offer
 from protocols.view import ViewSettings
 from protocols.vocabulary import ModelRef, PeerId, Reason, SchemaHash
+from sim.checkers import Violation
+from tests.sim.test_checkers import Arena, breaking
 
 Mean = tuple[Fraction, int]
 """A model that is a number, and the samples behind it."""
@@ -147,6 +149,7 @@ class Net:
         self.kept: dict[PeerId, ModelRef] = {}
         self.records: dict[PeerId, list[Record]] = {}
         self.final_inputs: dict[PeerId, list[PeerId]] = {}
+        self.merged: dict[PeerId, set[bytes]] = {}
         self.slow: dict[PeerId, float] = {}
         self.chooses = "merged"
         self.watch: Callable[[PeerId, object], None] = lambda me, effect: None
@@ -165,7 +168,7 @@ class Net:
         core = CoreSettings("net", "task", SchemaHash(bytes(32)), 1_000, view=far, gossip=gossip)
         self.cores[me] = NodeCore(core, me, random.Random(me))
         self.life[me] = self.life.get(me, -1) + 1
-        self.records[me], self.final_inputs[me] = [], []
+        self.records[me], self.final_inputs[me], self.merged[me] = [], [], set()
         ref = self.kept.get(me) or self.new(me, 0, (self.start[me], self.samples[me]))
         self.held[me] = {ref.digest}
         self.step(me, Started((), (), ref))
@@ -206,6 +209,8 @@ class Net:
         work_s = 0.5 * self.slow.get(me, 1.0)
         match effect:
             case Send(peer, message):
+                if isinstance(message, Offer) and message.ref.round == ROUNDS + 1:
+                    assert message.ref.digest in self.merged[me], "only a merge made here is called a result"
                 if peer in self.cores and not {me, peer} & self.silent:
                     # On one link messages keep their order.
                     due = max(self.now + 0.01 + self.rng.random() / 50, self.due.get((me, peer), 0.0))
@@ -251,6 +256,7 @@ class Net:
             parts = [order.own, *(item.ref for item in order.inputs)]
             mean = joined(*((self.models[part.digest][0], part.num_samples) for part in parts))
             ref = self.new(me, order.own.round, mean)
+            self.merged[me].add(ref.digest)
         self.held[me].add(ref.digest)
         return Aggregated(order.token, ref)
 
@@ -498,3 +504,164 @@ def test_a_failed_merge_passes_over_what_came() -> None:
     net.check_ended()
     assert net.value(bad) == (net.start[bad], net.samples[bad])
     assert net.final(bad).kept == "own"
+
+
+# --- whose word for a result is taken -------------------------------------------------------------------
+LIE: Mean = (Fraction(666), 1)
+
+
+def parted_from_the_first(mode: str) -> Net:
+    """Four nodes, all linked but for the first; it is through alone, and the second waits for the third and fourth."""
+    peers = [PeerId(f"p{number}") for number in range(4)]
+    net = Net(4, mode, links=list(itertools.combinations(peers[1:], 2)))
+    net.slow = {peers[1]: 18, peers[2]: 28, peers[3]: 28}
+    net.run(12.0)
+    alone, early, *_ = peers
+    assert (net.cores[alone].phase, net.cores[early].phase) == (Phase.DONE, Phase.FINAL)
+    return net
+
+
+def claim(net: Net, liar: PeerId, peer: PeerId, after_s: float = 0.0) -> None:
+    """The liar tells this neighbour that it is past its session, and has the mean of all."""
+    ref = net.new(liar, ROUNDS + 1, LIE)
+    net.held[liar].add(ref.digest)
+    net.later(after_s, peer, Received(liar, Heartbeat(ROUNDS + 1, False)))
+    net.later(after_s, peer, Received(liar, Offer(ref)))
+
+
+@pytest.mark.parametrize("restarts", [False, True])
+@pytest.mark.parametrize("num_links", [1, 3])
+@pytest.mark.parametrize("mode", ["butterfly", "aggregator"])
+def test_the_model_of_a_node_that_ended_alone_is_nobodys_result(
+    mode: str, num_links: int, restarts: bool
+) -> None:
+    net = parted_from_the_first(mode)
+    alone, *rest = net.peers
+    if restarts:
+        net.kill(alone)
+        net.boot(alone)
+        assert net.cores[alone].phase is Phase.DONE, "its checkpoint says that it has it behind itself"
+    for peer in rest[:num_links]:
+        net.link(alone, peer)
+    net.run()
+    assert net.value(alone) == (net.start[alone], net.samples[alone])
+    assert {net.value(peer) for peer in rest} == {net.mean_of(*rest)}
+    for peer in rest:
+        assert (net.final(peer).kept, net.final(peer).num_members) == ("merged", 3)
+        assert net.final(peer).duration_s < DEADLINE_S, "nobody waits for who is through"
+
+
+@pytest.mark.parametrize("num_links", [1, 3])
+@pytest.mark.parametrize("mode", ["butterfly", "aggregator"])
+def test_one_neighbours_result_takes_nobody_from_those_who_are_still_to_come(
+    mode: str, num_links: int
+) -> None:
+    net = parted_from_the_first(mode)
+    liar, *rest = net.peers
+    for peer in rest[:num_links]:
+        net.link(liar, peer)
+        claim(net, liar, peer, 1.0)
+    net.run()
+    assert {net.value(peer) for peer in rest} == {net.mean_of(*rest)}
+
+
+@pytest.mark.parametrize("mode", ["butterfly", "aggregator"])
+def test_who_cannot_verify_a_result_keeps_it_to_itself(mode: str) -> None:
+    """With nobody left to merge with it takes it, and whoever links up later has not got it from there."""
+    net = Net(3, mode, links=[])
+    liar, late, later = net.peers
+    net.slow = {late: 18, later: 36}
+    net.run(12.0)
+    net.link(liar, late)
+    claim(net, liar, late, 1.0)
+    net.run(16.0)
+    assert net.cores[late].phase is Phase.DONE
+    assert net.value(late) == LIE
+    assert (net.final(late).num_members, net.final(late).kept) == (1, "merged")
+    net.link(late, later)
+    net.run()
+    assert net.value(later) == (net.start[later], net.samples[later])
+    assert net.final(later).duration_s == DEADLINE_S
+
+
+@pytest.mark.parametrize("place", range(6))
+@pytest.mark.parametrize("mode", ["butterfly", "aggregator"])
+def test_a_members_result_is_taken_by_nobody_whose_plan_has_it_come_from_another(
+    mode: str, place: int
+) -> None:
+    net = Net(6, mode)
+    order = in_order(net.peers, "net")
+    liar, rest = order[place], [peer for peer in net.peers if peer != order[place]]
+    told: list[PeerId] = []
+
+    def watch(me: PeerId, effect: object) -> None:
+        begun = (
+            isinstance(effect, Send)
+            and isinstance(effect.message, Offer)
+            and effect.message.ref.round > ROUNDS
+        )
+        if begun and not told:
+            told.extend(rest)
+            for peer in rest:
+                claim(net, liar, peer, 0.001)
+
+    net.watch = watch
+    net.run()
+    assert told
+    assert all(core.phase is Phase.DONE for core in net.cores.values())
+    plan = butterfly if mode == "butterfly" else lambda members, me: aggregator(members, me, 0)
+    trusting = {
+        peer
+        for peer in rest
+        if any(stage.takes_result and liar in stage.receive_from for stage in plan(order, peer))
+    }
+    assert len(trusting) == (5 * (place == 0) if mode == "aggregator" else place < 2)
+    assert {peer for peer in rest if net.value(peer) == LIE} <= trusting
+    for peer in rest:
+        assert peer in trusting or net.final(peer).num_samples > LIE[1]
+
+
+@pytest.mark.parametrize("mode", ["butterfly", "aggregator"])
+def test_stragglers_take_the_result_of_the_many_and_do_not_make_one_of_their_own(mode: str) -> None:
+    net = Net(6, mode, seed=5)
+    late, rest = net.peers[:2], net.peers[2:]
+    net.slow = {late[0]: 60.0, late[1]: 70.0}
+    net.run()
+    net.check_ended()
+    assert {net.value(me) for me in net.peers} == {net.mean_of(*rest)}
+    assert not any(net.final_inputs[me] for me in late)
+
+
+@pytest.mark.parametrize("mode", ["butterfly", "aggregator"])
+def test_as_many_as_are_through_merge_among_themselves(mode: str) -> None:
+    net = Net(6, mode, seed=5)
+    late, rest = net.peers[:3], net.peers[3:]
+    net.slow = dict.fromkeys(late, 60.0)
+    net.run()
+    net.check_ended()
+    assert {net.value(me) for me in rest} == {net.mean_of(*rest)}
+    assert {net.value(me) for me in late} == {net.mean_of(*late)}
+
+
+def test_a_node_that_kept_its_own_model_offers_no_result() -> None:
+    net = Net(4, "butterfly", final_keep="better")
+    net.chooses = "own"
+    net.run()
+    for me in net.peers:
+        core = net.cores[me]
+        assert core.view.round == ROUNDS + 1, "it has been in a session"
+        assert core.exchange._offered[-1] == replace(core.model, round=ROUNDS)
+
+
+def test_the_checkers_see_a_result_that_was_not_merged() -> None:
+    def lie(core: NodeCore, event: Event, effects: list) -> list:
+        sent = [
+            effect for effect in effects if isinstance(effect, Send) and isinstance(effect.message, Offer)
+        ]
+        return effects + [
+            replace(effect, message=Offer(replace(effect.message.ref, round=4))) for effect in sent
+        ]
+
+    with pytest.raises(Violation) as caught:
+        Arena(seed=1, make=breaking(lie, 0), rounds=3, final_merge="butterfly", final_deadline_s=4.0).run()
+    assert caught.value.rule == "final", str(caught.value)
