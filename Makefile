@@ -36,6 +36,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/two_worlds.py
 	$(BIN)/python benchmarks/vanishing_variance.py
 	$(BIN)/python benchmarks/simulator.py
+	$(BIN)/python benchmarks/merge.py
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .hypothesis .import_linter_cache

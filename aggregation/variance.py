@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from aggregation import averaging
-from aggregation.averaging import population_variance
+from aggregation.averaging import empty_like, moments, population_variance, tiles
 from aggregation.base import Contribution, Part, Rule, is_number, require, stateless
 
 TARGETS = ("received", "median", "own", "mixed")
@@ -43,7 +43,8 @@ def corrected(
 
     Given one contribution that is a mean already (it has `parts`), as after `mean` in a chain, it only
     corrects, and `conservative` serves the target "mixed" alone: give both rules the same value. Anything else
-    is first averaged by `averaging.mean(conservative, staleness_half_life)`. Leaves one contribution.
+    is first averaged by `averaging.mean(conservative, staleness_half_life)`. Both ways the result is the same, to
+    the bit; the second needs memory for one new model, the first for two. Leaves one contribution.
 
     Args:
         conservative: share of the local model, from 0 to 1.
@@ -81,18 +82,24 @@ def corrected(
         return conservative * population_variance(own) + (1 - conservative) * received
 
     def function(contributions: Sequence[Contribution], local: Contribution) -> list[Contribution]:
-        if len(contributions) != 1 or not contributions[0].parts:
+        is_given = len(contributions) == 1 and bool(contributions[0].parts)
+        if not is_given:
             contributions, _ = average.update(contributions, (), local)
         (merged,) = contributions
         if not merged.parts:
             return [merged]
         limit = 1.5 * math.sqrt(len(merged.parts) + 1) if max_scale is None else max_scale
-        params = {
-            name: _stretched(tensor, wanted(name, merged.parts, local.params[name]), limit)
-            if is_correctable(name, tensor)
-            else tensor
-            for name, tensor in merged.params.items()
-        }
+        weights = {name: tensor for name, tensor in merged.params.items() if is_correctable(name, tensor)}
+        # A mean taken here is nobody else's yet, and is stretched where it lies. The rest must not be written into.
+        shared = {name: own for name, own in weights.items() if is_given or own is local.params[name]}
+        room = weights | empty_like(shared)
+        params = dict(merged.params)
+        for name, tensor in weights.items():
+            centre, variance = moments(tensor)
+            scale = _scale(variance, centre, wanted(name, merged.parts, local.params[name]), limit)
+            if abs(scale - 1) > ROUNDING and _stays_finite(tensor, centre, variance, scale):
+                _stretch(room[name], tensor, centre, scale)
+                params[name] = room[name]
         return [replace(merged, params=params)]
 
     return stateless(function)
@@ -114,15 +121,21 @@ def _mean_variance(variances: Sequence[float], shares: Sequence[float]) -> float
 
 
 @torch.no_grad()
-def _stretched(tensor: Tensor, wanted: float, max_scale: float) -> Tensor:
-    """`tensor` at the wanted variance, or `tensor` itself where that changes or means nothing."""
-    wide = tensor.double()
-    variance, centre = torch.var_mean(wide, correction=0)
-    scale = _scale(float(variance), float(centre), wanted, max_scale)
-    if abs(scale - 1) <= ROUNDING:
-        return tensor
-    stretched = ((wide - centre) * scale).add_(centre).to(tensor.dtype)
-    return stretched if bool(stretched.isfinite().all()) else tensor
+def _stays_finite(tensor: Tensor, centre: float, variance: float, scale: float) -> bool:
+    """Whether all stretched entries fit the dtype."""
+    furthest = math.sqrt(variance * tensor.numel())
+    if abs(centre) + scale * furthest < 0.99 * torch.finfo(tensor.dtype).max:
+        return True
+    ends = torch.stack(torch.aminmax(tensor)).double()
+    return bool(ends.lerp_(ends.new_tensor(centre), 1 - scale).to(tensor.dtype).isfinite().all())
+
+
+@torch.no_grad()
+def _stretch(out: Tensor, tensor: Tensor, centre: float, scale: float) -> None:
+    """Write centre + scale * (tensor - centre) into `out`, which may be `tensor`. In float64, rounded once."""
+    end = torch.tensor(centre, dtype=torch.float64, device=tensor.device)
+    for to, tile in tiles(out, tensor):
+        to.copy_(tile.to(torch.float64, copy=True).lerp_(end, 1 - scale))
 
 
 def _scale(current: float, centre: float, wanted: float, max_scale: float) -> float:

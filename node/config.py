@@ -56,6 +56,9 @@ class TaskConfig(Struct, frozen=True, forbid_unknown_fields=True):
     options: dict[str, Any] = {}
     seed: int | None = None
     """Of the first model and the batches; left out, it follows from the node's key."""
+    probe: str | None = None
+    """An .npz file with inputs that all nodes have, an array `x` [samples, ...] as the network takes them, for merge
+    rules with `probe = "shared"`. The file must be the same on every node; it never travels."""
     shard: Shard | None = None
     """Which part of one shared data set is this node's: for trials. With own data leave it out."""
 

@@ -42,7 +42,7 @@ class Learner:
         from node.weights import check_weights, max_blob_bytes, schema_hash, schema_of
 
         torch.set_num_threads(config.training.threads)
-        task = make_task(config.task.name, config.task.options, home, config.task.shard)
+        task = make_task(config.task.name, config.task.options, home, config.task.shard, config.task.probe)
         seed = config.task.seed if config.task.seed is not None else key_seed(me)
         try:
             self._first = initial_params(task, seed)

@@ -164,7 +164,9 @@ def _train_alone(
     accuracies, steps = [], []
     for node, rows in zip(nodes, records, strict=True):
         config = node.config
-        task = make_task(config.task.name, config.task.options, node.home, config.task.shard)
+        task = make_task(
+            config.task.name, config.task.options, node.home, config.task.shard, config.task.probe
+        )
         seed, model = key_seed(node.peer), build_model(task)
         params = initial_params(task, seed)
         for number in range(len(rows)):

@@ -103,7 +103,9 @@ def _examine_task(config: Config, home: Path) -> tuple[Hello | None, Finding]:
         from node.weights import schema_hash, schema_of
 
         try:
-            task = make_task(config.task.name, config.task.options, home, config.task.shard)
+            task = make_task(
+                config.task.name, config.task.options, home, config.task.shard, config.task.probe
+            )
             build(config.learning.rule)
             name, schema = task.name, schema_hash(task.name, schema_of(initial_params(task, 0)))
         except Exception as error:  # a user's model may raise anything

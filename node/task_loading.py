@@ -8,12 +8,16 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import msgspec
+import numpy as np
+import torch
 from msgspec import Struct
+from torch import Tensor
 
 from node.builtin_tasks import (
     SPLIT_SEED,
@@ -47,14 +51,22 @@ TASKS: dict[str, Builtin] = {
 }
 
 
-def make_task(reference: str, options: Mapping[str, Any], base: Path, shard: Shard | None = None) -> Task:
+def make_task(
+    reference: str,
+    options: Mapping[str, Any],
+    base: Path,
+    shard: Shard | None = None,
+    probe: str | None = None,
+) -> Task:
     """The task that the configuration names.
 
     reference: a name in TASKS, or `file.py:function` for one's own.
     options: as in the built-in's options struct, or the function's keyword arguments.
     base: the folder that relative paths start from.
     shard: restricts `train` to one node's part.
-    Raises ConfigError on every mistake of the operator, with `task.name`, `task.options.<option>` or `task.shard`.
+    probe: a file of inputs that all nodes have, in place of those that the task brings.
+    Raises ConfigError on every mistake of the operator, with `task.name`, `task.options.<option>`, `task.shard` or
+    `task.probe`.
     """
     if reference in TASKS:
         builtin = TASKS[reference]
@@ -63,7 +75,27 @@ def make_task(reference: str, options: Mapping[str, Any], base: Path, shard: Sha
         task = load_task(reference, options, base)
     else:
         raise ConfigError("task.name", f"there is no task {reference!r}", [*TASKS, "<file>.py:<function>"])
+    if probe is not None:
+        task = replace(task, probe=_load_probe(base / Path(probe).expanduser(), task))
     return task if shard is None else shard_task(task, shard)
+
+
+def _load_probe(path: Path, task: Task) -> Tensor:
+    """The array `x` of an npz file: inputs [samples, ...], as the network takes them."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            found = torch.from_numpy(np.ascontiguousarray(archive["x"]))
+    except Exception as error:  # zipfile, zlib and numpy raise seven kinds on damaged files
+        raise ConfigError(
+            "task.probe", f"{path} cannot be read: {error}", ["an .npz file with an array x"]
+        ) from error
+    inputs = task.train[0]
+    if found.shape[1:] != inputs.shape[1:] or not len(found):
+        expected = f"[samples, {', '.join(map(str, inputs.shape[1:]))}], as the network takes them"
+        raise ConfigError("task.probe", f"x is {list(found.shape)}", [expected])
+    if not bool(found.isfinite().all()):
+        raise ConfigError("task.probe", "x holds a value that is not finite")
+    return found.to(inputs.dtype)
 
 
 def _checked_options(reference: str, kind: type[Struct], options: Mapping[str, Any]) -> Struct:

@@ -29,7 +29,12 @@ ROUNDS_PUT_OFF = 2
 """Rounds of all nodes that are held back, where the scenario does not say how many orders. Fewer make smaller batches;
 with more, less of the computing goes on beside the events."""
 
-PATHS = {"task.name": "data.task", "task.options": "data.options", "task.shard": "data"}
+PATHS = {
+    "task.name": "data.task",
+    "task.options": "data.options",
+    "task.shard": "data",
+    "task.probe": "data.probe",
+}
 """Of a daemon's config, and what they are in a scenario."""
 
 
@@ -123,7 +128,7 @@ def _read(scenario: Scenario, base: Path) -> tuple["Task", list["Indices"], list
         seed=scenario.seed,
     )
     with _paths_of_a_scenario():
-        task = make_task(data.task, data.options, base)
+        task = make_task(data.task, data.options, base, probe=data.probe)
         num_samples = len(task.train[1])
         if scenario.nodes > num_samples and data.samples_per_node is None:
             problem = f"{scenario.nodes} are more than the {num_samples} training samples to deal"

@@ -26,6 +26,8 @@ class DataSettings(Struct, frozen=True, forbid_unknown_fields=True):
     """A built-in task, or `my_task.py:make_task`."""
     options: dict[str, Any] = {}
     """What the task takes, as in a node's config; for `digits` `hidden = [32]`."""
+    probe: str | None = None
+    """An .npz file with inputs that all nodes have, as a node's `task.probe`: for rules with `probe = "shared"`."""
     partitioner: Literal["iid", "dirichlet", "shard", "class"] = "iid"
     """How samples are dealt: `iid` to begin with, `dirichlet` for the usual skewed labels, `shard` for a few classes
     each, `class` where no two nodes share a class."""

@@ -1,12 +1,16 @@
-"""`averaging.mean`: the numbers by hand, what is averaged, what is kept."""
+"""`averaging.mean`: the numbers by hand, what is averaged, what is kept; and that tiles are not to be seen."""
 
 import math
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from aggregation.averaging import mean, population_variance
+from aggregation import averaging
+from aggregation.averaging import TILE_ENTRIES, empty_like, mean, moments, population_variance, tiles
 from aggregation.base import Contribution, Part, Rule
 
 
@@ -196,6 +200,187 @@ def test_parameters_that_require_gradients_give_a_result_that_does_not() -> None
 
     assert not result.params["w"].requires_grad
     assert result.params["w"].grad_fn is None
+
+
+# --- what is fast is right --------------------------------------------------------------------------------
+def plain_mean(received: Sequence[Contribution], own: Tensor, conservative: float) -> Tensor:
+    """What `mean` is to give, taken as it is written down, in float64."""
+    total = sum(other.weight for other in received)
+    average = sum(other.params["w"].double() * (other.weight / total) for other in received)
+    return conservative * own.double() + (1 - conservative) * average
+
+
+def normal(seed: int, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "row-major": lambda tensor: tensor,
+    "transposed": lambda tensor: tensor.T.contiguous().T,
+    "every second entry": lambda tensor: tensor.repeat_interleave(2, dim=1)[:, ::2],
+    "expanded": lambda tensor: tensor[:1].expand_as(tensor),
+}
+large = pytest.mark.parametrize(
+    "shape", [(1, TILE_ENTRIES + 1), (3 * TILE_ENTRIES // 2, 2), (700, 700)], ids=str
+)
+
+
+@pytest.mark.parametrize("own", LAYOUTS)
+@pytest.mark.parametrize("other", LAYOUTS)
+def test_any_layout_gives_the_plain_mean(own: str, other: str) -> None:
+    local = one(LAYOUTS[own](normal(1, 40, 30)))
+    received = [one(LAYOUTS[other](normal(2, 40, 30)), weight=2), one(normal(3, 40, 30), weight=3)]
+
+    result = run(mean(0.3), received, local).params["w"]
+
+    assert torch.allclose(result.double(), plain_mean(received, local.params["w"], 0.3), rtol=0, atol=1e-6)
+
+
+@large
+@pytest.mark.parametrize("layout", ["row-major", "transposed"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_tensors_of_several_tiles_give_the_plain_mean(
+    shape: tuple[int, int], layout: str, dtype: torch.dtype
+) -> None:
+    received = [one(LAYOUTS[layout](normal(seed, *shape).to(dtype)), weight=seed) for seed in (1, 2, 3)]
+    local = one(normal(4, *shape).to(dtype))
+
+    result = run(mean(), received, local).params["w"]
+
+    expected = plain_mean(received, local.params["w"], 0.5)
+    assert result.dtype == dtype
+    assert (result.double() - expected).abs().max() <= 8 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_size_of_the_tiles_does_not_show(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    received = [one(normal(seed, 13, 7).to(dtype), weight=seed) for seed in (1, 2, 3)]
+    local = one(normal(4, 13, 7).to(dtype))
+    whole = run(mean(), received, local).params["w"]
+
+    for entries in (1, 8, 90):
+        monkeypatch.setattr(averaging, "TILE_ENTRIES", entries)
+        assert torch.equal(run(mean(), received, local).params["w"], whole)
+
+
+def test_a_tile_that_leaves_its_range_is_averaged_wide_and_the_others_are_as_they_would_be() -> None:
+    top = torch.finfo(torch.float32).max
+    tensors = [normal(seed, 3 * TILE_ENTRIES) for seed in (1, 2, 3)]
+    without = run(mean(), [one(tensors[0]), one(tensors[1])], one(tensors[2])).params["w"]
+    changed = [tensor.clone() for tensor in tensors]
+    for tensor, value in zip(changed, (top, -top, 1.0), strict=True):
+        tensor[TILE_ENTRIES + 5] = value
+
+    result = run(mean(), [one(changed[0]), one(changed[1])], one(changed[2])).params["w"]
+
+    assert result[TILE_ENTRIES + 5].item() == pytest.approx(0.5)
+    assert torch.equal(result[:TILE_ENTRIES], without[:TILE_ENTRIES])
+    assert torch.equal(result[2 * TILE_ENTRIES :], without[2 * TILE_ENTRIES :])
+    middle = slice(TILE_ENTRIES + 6, 2 * TILE_ENTRIES)
+    assert torch.allclose(result[middle], without[middle], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 8, 300])
+def test_rounding_grows_with_the_number_of_models_no_faster_than_its_root(count: int) -> None:
+    received = [one(1 + normal(seed, 1000)) for seed in range(count)]
+
+    result = run(mean(conservative=0), received, one(torch.zeros(1000))).params["w"]
+
+    gap = (result.double() - plain_mean(received, torch.zeros(1000), 0.0)).abs().max().item()
+    assert gap <= 2 * math.sqrt(count) * torch.finfo(torch.float32).eps
+
+
+@settings(derandomize=True, deadline=None)
+@given(
+    shape=st.lists(st.integers(0, 5), min_size=0, max_size=3),
+    entries=st.integers(1, 130),
+    is_flipped=st.booleans(),
+)
+def test_tiles_hold_every_entry_once_and_the_same_of_each_tensor(
+    shape: list[int], entries: int, is_flipped: bool
+) -> None:
+    counted, backwards = torch.arange(math.prod(shape)).reshape(shape), list(reversed(range(len(shape))))
+    other = counted.permute(backwards).contiguous().permute(backwards) if is_flipped else counted.clone()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(averaging, "TILE_ENTRIES", entries)
+        found = list(tiles(counted, other))
+
+    assert all(torch.equal(left, right) for left, right in found)
+    assert torch.equal(torch.cat([left.reshape(-1) for left, _ in found]), counted.reshape(-1))
+    assert all(left.untyped_storage().data_ptr() == counted.untyped_storage().data_ptr() for left, _ in found)
+    if not is_flipped:
+        assert all(left.numel() <= entries for left, _ in found)
+
+
+def test_new_tensors_have_memory_of_their_own() -> None:
+    params = {
+        "half": torch.zeros(3, dtype=torch.bfloat16),
+        "empty": torch.zeros(0, 3),
+        "scalar": torch.tensor(1.0, dtype=torch.float64),
+        "matrix": torch.zeros(4, 5).T,
+    }
+
+    made = empty_like(params)
+
+    assert list(made) == list(params)
+    for number, (name, tensor) in enumerate(made.items()):
+        assert (tensor.dtype, tensor.shape) == (params[name].dtype, params[name].shape)
+        assert tensor.is_contiguous()
+        assert tensor.numel() == 0 or tensor.data_ptr() % 64 == 0
+        assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+        tensor.fill_(number)
+    assert [tensor.unique().tolist() for tensor in made.values()] == [[0], [], [2], [3]]
+    assert empty_like({}) == {}
+
+
+# --- means and variances ----------------------------------------------------------------------------------
+def plain_moments(tensor: Tensor) -> tuple[float, float]:
+    wide = tensor.double()
+    return wide.mean().item(), wide.var(correction=0).item()
+
+
+@large
+@pytest.mark.parametrize("layout", ["row-major", "transposed"])
+@pytest.mark.parametrize(
+    ("dtype", "precision"), [(torch.bfloat16, 1e-12), (torch.float32, 1e-8), (torch.float64, 1e-12)]
+)
+def test_moments_of_large_tensors(
+    shape: tuple[int, int], layout: str, dtype: torch.dtype, precision: float
+) -> None:
+    tensor = LAYOUTS[layout]((0.3 + normal(1, *shape)).to(dtype))
+
+    centre, variance = moments(tensor)
+
+    expected = plain_moments(tensor)
+    assert centre == pytest.approx(expected[0], abs=precision)
+    assert variance == pytest.approx(expected[1], rel=precision)
+
+
+@pytest.mark.parametrize("entries", [5, TILE_ENTRIES + 5, 2 * TILE_ENTRIES])
+@pytest.mark.parametrize(
+    ("centre", "spread"), [(0.0, 1e30), (0.0, 1e-30), (0.0, 1e-42), (1000.0, 1e-2), (-1e30, 1e28), (7.0, 0.0)]
+)
+def test_moments_neither_leave_their_range_nor_cancel_out(entries: int, centre: float, spread: float) -> None:
+    tensor = centre + spread * normal(1, entries)
+
+    assert moments(tensor) == pytest.approx(plain_moments(tensor), rel=1e-9, abs=0)
+
+
+def test_one_entry_beyond_the_range_of_squares_is_not_lost_among_many() -> None:
+    tensor = normal(1, 2 * TILE_ENTRIES)
+    tensor[7] = 1e25
+
+    assert moments(tensor) == pytest.approx(plain_moments(tensor), rel=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 3), (2, 0)])
+def test_nothing_has_no_moments(shape: tuple[int, ...]) -> None:
+    assert moments(torch.empty(shape)) == (0.0, 0.0)
+
+
+def test_moments_of_a_parameter_that_requires_gradients() -> None:
+    assert moments(torch.nn.Parameter(torch.tensor([1.0, 3.0]))) == (2.0, 1.0)
 
 
 def test_population_variance_survives_squares_beyond_float32() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from aggregation.averaging import mean, population_variance
+from aggregation.averaging import TILE_ENTRIES, mean, population_variance
 from aggregation.base import Contribution, Part, Rule, chain
 from aggregation.variance import corrected
 
@@ -86,6 +86,54 @@ def test_it_is_the_same_alone_and_behind_a_mean(target: str) -> None:
 
     assert torch.equal(alone.params["w"], chained.params["w"])
     assert (alone.weight, len(alone.parts)) == (chained.weight, len(chained.parts)) == (4, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("is_transposed", [False, True])
+def test_a_tensor_of_several_tiles_is_stretched_as_a_whole(dtype: torch.dtype, is_transposed: bool) -> None:
+    models = [model.params["w"].to(dtype) for model in random_models(3, 4, TILE_ENTRIES // 50, 120)]
+    local, *received = [one(model.T if is_transposed else model) for model in models]
+    before = [model.clone() for model in models]
+
+    alone = run(corrected(), received, local).params["w"]
+    chained = run(chain(mean(), corrected()), received, local).params["w"]
+
+    plain = run(mean(), received, local).params["w"].double()
+    target = sum(population_variance(other.params["w"]) for other in received) / 3
+    scale = math.sqrt(target / plain.var(correction=0).item())
+    expected = plain.mean() + scale * (plain - plain.mean())
+    assert torch.allclose(alone.double(), expected, rtol=torch.finfo(dtype).eps, atol=1e-8)
+    assert torch.equal(alone, chained)
+    assert all(torch.equal(model, original) for model, original in zip(models, before, strict=True))
+
+
+def test_the_mean_that_it_was_given_is_not_written_into() -> None:
+    (merged,), _ = mean().update(RECEIVED, (), OWN)
+    before = merged.params["w"].clone()
+
+    result = run(corrected(), [merged], OWN)
+
+    assert not torch.equal(result.params["w"], before)
+    assert torch.equal(merged.params["w"], before)
+
+
+def test_the_local_model_is_not_written_into_where_all_agree_but_not_those_behind_them() -> None:
+    own = matrix(0, 2, 4, 6)
+    wider = Contribution({"w": own.clone()}, parts=(Part(1.0, {"w": 2 * own}),))
+
+    result = run(corrected(conservative=0), [wider, one(own.clone())], one(own))
+
+    assert torch.equal(own, matrix(0, 2, 4, 6))
+    assert population_variance(result.params["w"]) == pytest.approx((4 * 5 + 5) / 2, rel=1e-12)
+
+
+def test_parameters_that_require_gradients_give_a_result_that_does_not() -> None:
+    received = [one(torch.nn.Parameter(other.params["w"])) for other in RECEIVED]
+
+    result = run(chain(mean(), corrected()), received, one(torch.nn.Parameter(OWN.params["w"].clone())))
+
+    assert torch.allclose(result.params["w"], stretched_to(2.0), rtol=0, atol=1e-12)
+    assert not result.params["w"].requires_grad
 
 
 def test_stale_contributions_fade_when_it_averages_itself() -> None:

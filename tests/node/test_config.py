@@ -54,7 +54,7 @@ def refused(text: str, **environ: str) -> ConfigError:
         ("[exchange]\nretries = 3", "exchange.retries", "no such setting", "max_attempts"),
         ("[training]\nlr = 0.1", "training.lr", "no such setting", "learning_rate"),
         ("[api]\nhost = '0.0.0.0'", "api.host", "no such setting", "enabled, port"),
-        ("[task]\noption = {}", "task.option", "no such setting", "name, options, seed, shard"),
+        ("[task]\noption = {}", "task.option", "no such setting", "name, options, probe, seed, shard"),
         (
             "[task.shard]\nindex = 0\ncount = 2\nof = 3",
             "task.shard.of",

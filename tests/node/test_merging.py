@@ -147,7 +147,7 @@ def test_a_network_that_cannot_be_traced_is_told_before_the_first_round() -> Non
 
 def test_a_probe_that_the_task_has_not_is_told_before_the_first_round() -> None:
     rule = {"name": "align.activation", "probe": "shared"}
-    with pytest.raises(ValueError, match=r"no shared probe inputs \(Task.probe\)"):
+    with pytest.raises(ValueError, match=r"no shared probe inputs \(task.probe in the config"):
         rehearsed(toy(), rule, "mean")
     rehearsed(toy(probe=torch.randn(30, 3)), rule, "mean")
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -160,3 +161,40 @@ def test_a_users_exception_is_kept_for_the_traceback(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_task("t.py:make", {}, tmp_path)
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+# --- a shared probe -------------------------------------------------------------------------------------
+def saved(folder: Path, **arrays: np.ndarray) -> str:
+    np.savez(folder / "probe.npz", **arrays)
+    return "probe.npz"
+
+
+def test_a_probe_from_a_file_goes_with_any_task_and_any_shard(tmp_path: Path) -> None:
+    x = np.random.default_rng(1).random((30, 64))
+    shard = Shard(index=1, count=4)
+
+    task = make_task("digits", {}, tmp_path, shard, saved(tmp_path, x=x))
+
+    assert task.probe is not None
+    assert task.probe.dtype == task.train[0].dtype
+    assert torch.equal(task.probe, torch.from_numpy(x).float())
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"x": np.zeros((5, 63))}, r"x is \[5, 63\] \(allowed: \[samples, 64\], as the network takes them\)"),
+        ({"x": np.zeros((0, 64))}, r"x is \[0, 64\]"),
+        ({"x": np.full((5, 64), np.nan)}, "x holds a value that is not finite"),
+        ({"y": np.zeros((5, 64))}, r"cannot be read: .*\(allowed: an .npz file with an array x\)"),
+        ({"x": np.array([{}])}, "cannot be read: "),
+    ],
+)
+def test_a_wrong_probe_is_told(tmp_path: Path, arrays: dict[str, np.ndarray], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"task.probe: .*{message}"):
+        make_task("digits", {}, tmp_path, probe=saved(tmp_path, **arrays))
+
+
+def test_a_missing_probe_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"task.probe: .*none.npz cannot be read"):
+        make_task("digits", {}, tmp_path, probe="none.npz")
