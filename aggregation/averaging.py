@@ -18,9 +18,9 @@ from torch import Tensor
 
 from aggregation.base import Contribution, Params, Part, Rule, is_number, require, stateless
 
-TILE_ENTRIES = 2**19
-"""Entries of one tensor that are worked on together: two megabytes of float32, a part of any processor's last cache.
-Of fewer the calls cost more than the work; of more, what one call wrote may have left the cache for the next."""
+TILE_ENTRIES = 2**20
+"""Entries of one tensor that are worked on together: four megabytes of float32, a part of a last-level cache. With
+fewer, the calls and the waiting of torch's threads for each other cost more than the cache wins."""
 
 LARGE_ENTRIES, ROW_ENTRIES = 2**18, 512
 """From how many entries on float32 squares are summed up in float32, and how many at most; see `_sums`."""

@@ -24,7 +24,9 @@ def probe_of(receiver: Receiver, probe: str, samples: int) -> Tensor:
     """
     inputs = receiver.samples[0] if probe == "own" else receiver.probe
     if inputs is None:
-        raise ValueError('probe is "shared", but the task has no shared probe inputs (task.probe in the config, or Task.probe); use "own"')
+        raise ValueError(
+            'probe is "shared", but the task has no shared probe inputs (task.probe in the config, or Task.probe); use "own"'
+        )
     wanted = min(samples, len(inputs))
     if not wanted:
         raise ValueError("there is no sample to run the networks on")
