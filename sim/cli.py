@@ -214,7 +214,7 @@ def _print_outcome(outcome: "Outcome", folder: Path | None) -> None:
         low, high = result.accuracy_min, result.accuracy_max
         rows["accuracy"] = f"{result.accuracy_mean:.4f} (from {low:.4f} to {high:.4f})"
     if result.merged_accuracy is not None:
-        rows["mean of models"] = f"{result.merged_accuracy:.4f}, which no node has"
+        rows["mean of models"] = f"{result.merged_accuracy:.4f}"
     if result.final_merged_accuracy is not None:
         rows["final merge"] = f"{result.final_merged_accuracy:.4f}"
     if result.consensus_distance is not None:
