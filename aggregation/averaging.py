@@ -18,9 +18,10 @@ from torch import Tensor
 
 from aggregation.base import Contribution, Params, Part, Rule, is_number, require, stateless
 
-TILE_ENTRIES = 2**20
-"""Entries of one tensor that are worked on together: four megabytes of float32, a part of a last-level cache. With
-fewer, the calls and the waiting of torch's threads for each other cost more than the cache wins."""
+TILE_ENTRIES = 2**19
+"""Entries of one tensor that are worked on together: two megabytes of float32, a part of a last-level cache. With
+fewer, the calls and the waiting of torch's threads for each other cost more than the cache wins; with twice as many
+a large merge is a twentieth faster, and the float64 copies of a tile begin to count as memory."""
 
 LARGE_ENTRIES, ROW_ENTRIES = 2**18, 512
 """From how many entries on float32 squares are summed up in float32, and how many at most; see `_sums`."""
@@ -191,9 +192,9 @@ def _shares(contributions: Sequence[Contribution], half_life: float | None) -> l
         other.weight * (1.0 if half_life is None else 0.5 ** ((other.staleness - freshest) / half_life))
         for other in contributions
     ]
-    # By the largest first: the sum of large weights could overflow.
-    shares = [share / max(shares) for share in shares]
-    return [share / sum(shares) for share in shares]
+    largest = max(shares)  # the sum of large weights could overflow
+    total = sum(share / largest for share in shares)
+    return [share / largest / total for share in shares]
 
 
 def _steps(shares: Sequence[float]) -> list[float]:

@@ -280,6 +280,15 @@ def test_a_tile_that_leaves_its_range_is_averaged_wide_and_the_others_are_as_the
     assert torch.allclose(result[middle], without[middle], rtol=0, atol=1e-6)
 
 
+def test_values_whose_difference_leaves_float64_are_not_written_into() -> None:
+    tensors = [vector(1.7e308, 1.0), vector(-1.7e308, 2.0), vector(0.0, 3.0)]
+
+    result = run(mean(), [one(tensors[0]), one(tensors[1])], one(tensors[2])).params["w"]
+
+    assert result[1].item() == 2.25
+    assert [tensor.tolist() for tensor in tensors] == [[1.7e308, 1.0], [-1.7e308, 2.0], [0.0, 3.0]]
+
+
 @pytest.mark.parametrize("count", [1, 8, 300])
 def test_rounding_grows_with_the_number_of_models_no_faster_than_its_root(count: int) -> None:
     received = [one(1 + normal(seed, 1000)) for seed in range(count)]
@@ -372,6 +381,13 @@ def test_one_entry_beyond_the_range_of_squares_is_not_lost_among_many() -> None:
     tensor[7] = 1e25
 
     assert moments(tensor) == pytest.approx(plain_moments(tensor), rel=1e-9)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (512,), (33, 31)])
+def test_moments_of_small_tensors_are_as_precise_as_float64(shape: tuple[int, ...]) -> None:
+    tensor = normal(1, *shape)
+
+    assert moments(tensor) == pytest.approx(plain_moments(tensor), rel=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(0,), (0, 3), (2, 0)])
