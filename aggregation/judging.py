@@ -105,7 +105,7 @@ def accept(by: str = "loss", tolerance: float = 0.0) -> Rule:
     """What was merged, if its score on the receiver's validation samples is no worse than the own model's.
 
     Otherwise the local model. Stands behind a mean. Given several contributions it averages them first, by
-    `averaging.mean` as it is; a single one is judged as it came, but for its counters, which stay local.
+    `averaging.mean` as it is; a single one is judged as it came.
 
     Where nodes hold different data and merge seldom, a merged model often scores worse at first and better
     after some training; and where peers hold other classes, the receiver's samples cannot tell what they know.
@@ -127,7 +127,6 @@ def accept(by: str = "loss", tolerance: float = 0.0) -> Rule:
     ) -> tuple[list[Contribution], Report]:
         receiver = receiver_of(local)
         (merged,) = contributions if len(contributions) == 1 else _averaged(contributions, local)
-        merged = replace(merged, params=_with_own_counters(merged.params, local.params))
         after, before = score(receiver, merged.params, by), score(receiver, local.params, by)
         accepted = after > -math.inf and after >= before - tolerance
         report: Report = {
@@ -143,11 +142,6 @@ def accept(by: str = "loss", tolerance: float = 0.0) -> Rule:
 def _averaged(contributions: Sequence[Contribution], local: Contribution) -> list[Contribution]:
     merged, _ = averaging.mean().update(contributions, (), local)
     return merged
-
-
-def _with_own_counters(params: Params, own: Params) -> Params:
-    """A model as received brings its own integers; behind a mean they are the receiver's already."""
-    return {name: tensor if tensor.is_floating_point() else own[name] for name, tensor in params.items()}
 
 
 def _plain(local: Contribution) -> Contribution:

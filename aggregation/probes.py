@@ -4,9 +4,10 @@ Belongs here: choosing them, and small questions that several such rules ask.
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from aggregation.base import Params, Receiver
 
@@ -43,6 +44,17 @@ def evenly_spaced(total: int, at_most: int) -> Tensor:
     """
     count = min(total, at_most)
     return torch.arange(count) * total // max(count, 1)
+
+
+@contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Puts every submodule's training flag back after."""
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
 
 
 def batches(inputs: Tensor, size: int) -> Iterator[Tensor]:

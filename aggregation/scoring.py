@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from aggregation.base import Params, Receiver, require
+from aggregation.probes import modes_kept
 
 MEASURES = ("loss", "accuracy")
 """By what a rule may judge: the task's loss, or its metric of that name."""
@@ -56,14 +57,10 @@ def figure(score: float, by: str) -> float:
 @contextmanager
 def evaluating(model: nn.Module, params: Params) -> Iterator[nn.Module]:
     """`model` with `params` loaded, in eval mode; each submodule's training flag is put back after."""
-    flags = [(module, module.training) for module in model.modules()]
-    model.load_state_dict(params)
-    model.eval()
-    try:
+    with modes_kept(model):
+        model.load_state_dict(params)
+        model.eval()
         yield model
-    finally:
-        for module, training in flags:
-            module.training = training
 
 
 def _metric(receiver: Receiver, outputs: Tensor, name: str) -> float:

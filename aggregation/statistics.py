@@ -26,7 +26,7 @@ from aggregation.base import (
     stateless,
 )
 from aggregation.operations import name_of
-from aggregation.probes import PROBES, batches, probe_of, same
+from aggregation.probes import PROBES, batches, modes_kept, probe_of, same
 from aggregation.symmetry import Symmetry, arguments_of, symmetry_of
 
 BATCH = 256
@@ -62,20 +62,18 @@ def reestimated(model: nn.Module, params: Params, inputs: Tensor) -> Params:
 @contextmanager
 def _measuring(model: nn.Module, layers: list[_BatchNorm]) -> Iterator[None]:
     """BatchNorm alone in training mode, with a plain mean over batches; everything as before afterwards."""
-    was_training = {module: module.training for module in model.modules()}
     momenta = [layer.momentum for layer in layers]
-    model.eval()
-    for layer in layers:
-        layer.reset_running_stats()
-        layer.momentum = None
-        layer.train()
-    try:
-        yield
-    finally:
-        for layer, momentum in zip(layers, momenta, strict=True):
-            layer.momentum = momentum
-        for module, training in was_training.items():
-            module.training = training
+    with modes_kept(model):
+        model.eval()
+        for layer in layers:
+            layer.reset_running_stats()
+            layer.momentum = None
+            layer.train()
+        try:
+            yield
+        finally:
+            for layer, momentum in zip(layers, momenta, strict=True):
+                layer.momentum = momentum
 
 
 # --- REPAIR ---------------------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ from aggregation.factors import (
     unstack,
 )
 from aggregation.operations import HANDLERS, Trace, all_dims, held_like, name_of, nodes_in, unknown
-from aggregation.probes import CHUNK
+from aggregation.probes import CHUNK, modes_kept
 
 # --- what comes out -------------------------------------------------------------------------------------
 Permutations = dict[int, Tensor]
@@ -280,18 +280,14 @@ def _used(program: Any, aliases: Sequence[Sequence[str]]) -> set[str]:
 
 
 def _exported(model: nn.Module, inputs: Tensor, training: bool) -> Any:
-    flags = [(module, module.training) for module in model.modules()]
-    model.train(training)
-    try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of recurrent layers' flat weights, which nothing here reads
+    with modes_kept(model), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of recurrent layers' flat weights, which nothing here reads
+        model.train(training)
+        try:
             return torch.export.export(model, (inputs,), strict=False)
-    except Exception as error:  # export raises a dozen kinds
-        text = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UntraceableError(f"torch.export cannot trace the network: {text}") from error
-    finally:
-        for module, flag in flags:
-            module.training = flag
+        except Exception as error:  # export raises a dozen kinds
+            text = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UntraceableError(f"torch.export cannot trace the network: {text}") from error
 
 
 def _sources(program: Any) -> Iterator[str | None]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from aggregation.base import VALIDATION, Contribution, Local, Params, Receiver, Report, Rule, State
+from aggregation.probes import evenly_spaced
 from aggregation.rules import build, merge
 from node.partition import Indices
 from node.tasks import Task
@@ -65,7 +66,7 @@ def hold_out(indices: Indices, share: float) -> tuple[Indices, Indices]:
     count = min(max(1, round(share * len(indices))), len(indices) - 1)
     if count < 1:
         return indices, indices
-    places = np.arange(count) * len(indices) // count
+    places = evenly_spaced(len(indices), count).numpy()
     return np.delete(indices, places), indices[places]
 
 

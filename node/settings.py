@@ -41,7 +41,7 @@ class TrainingSettings(Struct, frozen=True, forbid_unknown_fields=True):
     """Of "adam" and "adamw": how slowly the two moments forget. Lower the second, to 0.99, for short rounds."""
     validation: Annotated[float, Meta(gt=0, lt=1)] = 0.1
     """Share of the node's own samples that it does not train on but judges models by. Held out only where a merge rule
-    judges (`covey rules` says which) or there is a final merge; more makes better judgements and worse models."""
+    judges (`covey rules` says which) or `final_keep` is `better`; more makes better judgements and worse models."""
     epsilon: Annotated[float, Meta(gt=0, le=1)] = ADAM_EPSILON
     """Of "adam" and "adamw": keeps steps small where gradients vanish; try 1e-4 where training is unstable."""
 

@@ -19,6 +19,7 @@ from torch.func import functional_call, grad, vmap
 
 from aggregation.base import Contribution, Local, Params, Receiver
 from aggregation.batched import build_batched
+from aggregation.probes import evenly_spaced
 from aggregation.statistics import reestimated
 from node.merging import ROUND, build_rules, make_receiver, merge_usable, rehearse, rule_error
 from node.optimizers import make_optimizer
@@ -176,8 +177,7 @@ class LocalEngine:
 
     @cached_property
     def _calibration(self) -> Tensor:
-        count = min(CALIBRATION, len(self._parts))
-        places = self._parts[np.arange(count) * len(self._parts) // count]
+        places = self._parts[evenly_spaced(len(self._parts), CALIBRATION).numpy()]
         return self._task.train[0].index_select(0, self._index(places))
 
     def describe(self) -> dict[str, object]:
