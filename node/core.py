@@ -5,7 +5,7 @@ does so in real time, `sim/world.py` in virtual time.
 """
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
@@ -16,12 +16,18 @@ from protocols.exchange import Exchange, ExchangeSettings
 from protocols.gossip import Gossip, GossipSettings
 from protocols.machine import Handler, Machine
 from protocols.messages import Hello
+from protocols.scalar_terms import ScalarSettings, Signatures
+from protocols.scalars import ScalarLearning
 from protocols.view import NO_LEARNING, PeerStatus, View, ViewSettings
-from protocols.vocabulary import PROTOCOL_VERSION, ModelRef, PeerId, SchemaHash
+from protocols.vocabulary import DIGEST_BYTES, PROTOCOL_VERSION, ModelRef, PeerId, SchemaHash
 
 
 class CoreSettings(Struct, frozen=True):
-    """All that a core needs to know before its first event."""
+    """All that a core needs to know before its first event.
+
+    base, members: of a node that learns by scalars, the digest of the model that all begin with, and the author keys of
+        `scalars.members`.
+    """
 
     network: str
     task: str
@@ -31,18 +37,24 @@ class CoreSettings(Struct, frozen=True):
     view: ViewSettings = field(default_factory=ViewSettings)
     exchange: ExchangeSettings = field(default_factory=ExchangeSettings)
     gossip: GossipSettings = field(default_factory=GossipSettings)
+    scalars: ScalarSettings = field(default_factory=ScalarSettings)
+    base: bytes = bytes(DIGEST_BYTES)
+    members: frozenset[bytes] = frozenset()
 
 
 class NodeCore:
     """One node's decisions: `step(now, event)` gives the effects to perform, in order."""
 
-    def __init__(self, settings: CoreSettings, me: PeerId, rng: random.Random) -> None:
+    def __init__(
+        self, settings: CoreSettings, me: PeerId, rng: random.Random, signatures: Signatures | None = None
+    ) -> None:
+        """signatures: of a node that learns by scalars, in its own name."""
         hello = Hello(
             PROTOCOL_VERSION, settings.network, settings.learning, settings.task, settings.schema, ()
         )
         self.view = View(settings.view, me, hello, rng)
         self.exchange = Exchange(settings.exchange, self.view, settings.max_model_bytes)
-        self.learning = LEARNING[settings.learning](settings, self.view, self.exchange)
+        self.learning = LEARNING[settings.learning](settings, self.view, self.exchange, signatures)
         if self.learning is None:
             self.exchange.open = False
             self.view.active = False
@@ -99,13 +111,26 @@ def _handlers(machines: tuple[type[Machine], ...]) -> Mapping[type, Sequence[tup
     }
 
 
-def _gossip(settings: CoreSettings, view: View, exchange: Exchange) -> Gossip:
+Learning = Gossip | ScalarLearning
+_Make = Callable[[CoreSettings, View, Exchange, Signatures | None], Learning | None]
+
+
+def _gossip(settings: CoreSettings, view: View, exchange: Exchange, signatures: Signatures | None) -> Gossip:
     return Gossip(settings.gossip, view, exchange)
 
 
-def _no_learning(settings: CoreSettings, view: View, exchange: Exchange) -> None:
+def _scalars(
+    settings: CoreSettings, view: View, exchange: Exchange, signatures: Signatures | None
+) -> ScalarLearning:
+    assert signatures is not None, "scalars are signed"
+    return ScalarLearning(settings.scalars, settings.base, settings.members, view, exchange, signatures)
+
+
+def _no_learning(
+    settings: CoreSettings, view: View, exchange: Exchange, signatures: Signatures | None
+) -> None:
     return None
 
 
-LEARNING = {"gossip": _gossip, NO_LEARNING: _no_learning}
+LEARNING: dict[str, _Make] = {"gossip": _gossip, "scalars": _scalars, NO_LEARNING: _no_learning}
 """The learning protocols by their name in the config. A new one is one more entry."""

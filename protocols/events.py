@@ -11,7 +11,7 @@ from typing import Literal
 from msgspec import Struct
 
 from protocols.messages import Hello, LinkMessage
-from protocols.vocabulary import Detail, ModelRef, PeerId, PeerRecord, Reason
+from protocols.vocabulary import Checkpoint, Detail, ModelRef, PeerId, PeerRecord, Reason, ScalarRecord
 
 
 class _Fact(Struct, frozen=True, tag=True):
@@ -19,12 +19,17 @@ class _Fact(Struct, frozen=True, tag=True):
 
 
 # --- events in ------------------------------------------------------------------------------------------
-class Started(_Fact, frozen=True):
-    """The node runs: where it listens, whom it knew, and the model it begins or goes on with."""
+class Started(_Fact, frozen=True, omit_defaults=True):
+    """The node runs: where it listens, whom it knew, and the model it begins or goes on with.
+
+    checkpoint, records: of a node that learns by scalars, what it kept; `ref` is then the base model.
+    """
 
     addresses: tuple[str, ...]
     peers: tuple[PeerRecord, ...]
     ref: ModelRef | None
+    checkpoint: Checkpoint | None = None
+    records: tuple[ScalarRecord, ...] = ()
 
 
 class LinkUp(_Fact, frozen=True):
@@ -94,8 +99,20 @@ class Evaluated(_Fact, frozen=True):
     metrics: Mapping[str, float]
 
 
+class Estimated(_Fact, frozen=True):
+    """One byte a scalar, in the order of the samples (see `aggregation/scalar_code.py`). The core does not look inside."""
+
+    token: int
+    codes: bytes
+
+
+class Replayed(_Fact, frozen=True):
+    token: int
+    ref: ModelRef
+
+
 class WorkFailed(_Fact, frozen=True):
-    """Training, merging or evaluating raised; the detail is the exception's text."""
+    """Training, merging, evaluating, estimating or replaying raised; the detail is the exception's text."""
 
     token: int
     detail: Detail
@@ -118,6 +135,8 @@ Event = (
     | Trained
     | Aggregated
     | Evaluated
+    | Estimated
+    | Replayed
     | WorkFailed
     | StopRequested
 )
@@ -220,6 +239,55 @@ class Evaluate(_Fact, frozen=True):
     ref: ModelRef
 
 
+class RoundScalars(Struct, frozen=True, array_like=True):
+    """All that counts in one round, and how: equal on all replicas.
+
+    scale: of the sum over the round's scalars, learning rate and normalisation together. decay: the share that decayed
+    parameters lose first. records: in the order of their authors' keys.
+    """
+
+    round: int
+    scale: float
+    decay: float
+    records: tuple[ScalarRecord, ...]
+
+
+class Estimate(_Fact, frozen=True):
+    """Measure so many scalars at the state `ref`; author, round and sample select the directions. Answered by `Estimated`
+    or `WorkFailed`."""
+
+    token: int
+    ref: ModelRef
+    round: int
+    num_samples: int
+
+
+class Replay(_Fact, frozen=True):
+    """Apply rounds to the state `ref`, in order. Answered by `Replayed` or `WorkFailed`.
+
+    name: of the resulting state, equal for equal logs, and the answer's digest unless it is saved. save: whether the result
+    has to outlive the next replay, and be fit to be served; its digest then is that of its bytes. Of states that are
+    not saved only the newest can be used.
+    """
+
+    token: int
+    ref: ModelRef
+    rounds: tuple[RoundScalars, ...]
+    name: bytes
+    save: bool
+
+
+class KeepScalars(_Fact, frozen=True):
+    """Make these records durable, before any effect after this one; and where the log now begins, if that changed.
+
+    checkpoint: sealed; records of rounds up to `cut` are not needed any more to go on.
+    """
+
+    records: tuple[ScalarRecord, ...]
+    checkpoint: Checkpoint | None = None
+    cut: int = 0
+
+
 class Keep(_Fact, frozen=True):
     """Make this model the newest durable checkpoint."""
 
@@ -265,6 +333,9 @@ Effect = (
     | Train
     | Aggregate
     | Evaluate
+    | Estimate
+    | Replay
+    | KeepScalars
     | Keep
     | Forget
     | KeepPeer
@@ -286,6 +357,10 @@ class Phase(StrEnum):
     PAUSING = "pausing"
     FINAL = "final merge"
     DONE = "done"
+    # of shared-seed scalars alone
+    ESTIMATING = "estimating"
+    REPLAYING = "replaying"
+    SETTLING = "settling"
 
 
 class RoundDone(_Fact, frozen=True, omit_defaults=True):

@@ -91,6 +91,17 @@ class Exchange(Machine):
             out += self.release(self._offered.pop(0))
         return out
 
+    def want(self, peer: PeerId, ref: ModelRef) -> list[Output]:
+        """Fetch this model from a neighbour that says it holds it, though it offered nothing. Asked for again while it is
+        on its way, nothing happens."""
+        if ref.digest in self._held:
+            return self._hand_on(peer, ref)
+        if self._in_transit(ref) or ref.size_bytes > self._max_model_bytes:
+            return []
+        self._next_token += 1
+        self._transfers[self._next_token] = _Transfer(peer, ref)
+        return self._attempt(self._next_token)
+
     def hold(self, ref: ModelRef) -> None:
         """Somebody in the core needs this model."""
         self._held[ref.digest] = self._held.get(ref.digest, 0) + 1

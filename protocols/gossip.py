@@ -129,7 +129,7 @@ class GossipSettings(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 _ROUNDING = 1e-9
-_WAITING, _TRAINING, _COLLECTING, _MERGING, _EVALUATING, _PAUSING, _FINAL, _DONE = Phase
+_WAITING, _TRAINING, _COLLECTING, _MERGING, _EVALUATING, _PAUSING, _FINAL, _DONE, *_ = Phase
 """By name, since looking a member up in its enum takes longer than most of a step."""
 
 

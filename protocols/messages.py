@@ -12,15 +12,21 @@ from protocols.vocabulary import (
     CHUNK_BYTES,
     MAX_ADDRESSES,
     MAX_CHUNKS,
+    MAX_IDS_PER_MESSAGE,
     MAX_MODEL_BYTES,
     MAX_PEERS_PER_MESSAGE,
+    MAX_RANGES_PER_MESSAGE,
+    MAX_RECORDS_PER_MESSAGE,
+    RECORD_ID_BYTES,
     Address,
+    Checkpoint,
     Detail,
     ModelRef,
     Name,
     PeerRecord,
     Reason,
     Round,
+    ScalarRecord,
     WireDigest,
 )
 
@@ -82,7 +88,98 @@ class Bye(Message, frozen=True, tag="bye"):
     """Leaving on purpose: do not wait for me."""
 
 
-LinkMessage = Hello | Refuse | Heartbeat | AskPeers | Peers | Offer | Decline | Bye
+# --- shared-seed scalars --------------------------------------------------------------------------------
+class Terms(Message, frozen=True, tag="terms"):
+    """What has to be equal for two replicas to stay equal. First after the hellos, from both ends."""
+
+    generator: Name
+    """Of the directions, with its version."""
+    base: WireDigest
+    """Of the model that everything starts from, frozen parameters and buffers included."""
+    learning_rate: float
+    schedule: Name
+    rounds: Round
+    normalise: Name
+    weight_decay: float
+    clip_quantile: float
+    pool: Annotated[int, Meta(ge=0, le=2**20)]
+    checkpoint_every: Annotated[int, Meta(ge=1, le=2**20)]
+    late_rounds: Annotated[int, Meta(ge=0, le=2**20)]
+    max_authors: Annotated[int, Meta(ge=1, le=MAX_IDS_PER_MESSAGE)]
+    members: WireDigest
+    """Of the authors that are admitted; 32 zeros where anyone is."""
+
+
+class Scalars(Message, frozen=True, tag="scalars"):
+    """Records that the receiver may lack, each passed on once. `round` is how many the sender has behind it."""
+
+    round: Round
+    records: Annotated[tuple[ScalarRecord, ...], Meta(max_length=MAX_RECORDS_PER_MESSAGE)]
+
+
+class Marks(Message, frozen=True, tag="marks"):
+    """How far the sender's log is settled."""
+
+    round: Round
+    cut: Round
+    """Rounds up to this one it holds no records of any more."""
+    sealed: Checkpoint
+    """Agreed with its neighbours: no record of these rounds is taken any more."""
+    proposed: Checkpoint | None
+    """What it would seal next, once its neighbours have come to the same."""
+
+
+class RoundRange(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """The records of the rounds `first` to `last`, both included, in one digest."""
+
+    first: Round
+    last: Round
+    count: Annotated[int, Meta(ge=0, le=2**48)]
+    digest: WireDigest
+
+
+class Ranges(Message, frozen=True, tag="ranges"):
+    """What the sender has; the receiver answers where its own differs."""
+
+    ranges: Annotated[tuple[RoundRange, ...], Meta(max_length=MAX_RANGES_PER_MESSAGE)]
+
+
+Ids = Annotated[bytes, Meta(max_length=RECORD_ID_BYTES * MAX_IDS_PER_MESSAGE)]
+"""Record ids, one after another."""
+
+
+class Holding(Message, frozen=True, tag="holding"):
+    """All that the sender has of these rounds: the receiver sends what is missing, and pulls what it lacks itself."""
+
+    first: Round
+    last: Round
+    ids: Ids
+
+
+class Pull(Message, frozen=True, tag="pull"):
+    """Send me these, of these rounds."""
+
+    first: Round
+    last: Round
+    ids: Ids
+
+
+LinkMessage = (
+    Hello
+    | Refuse
+    | Heartbeat
+    | AskPeers
+    | Peers
+    | Offer
+    | Decline
+    | Bye
+    | Terms
+    | Scalars
+    | Marks
+    | Ranges
+    | Holding
+    | Pull
+)
 
 
 class FetchRequest(Message, frozen=True, tag="fetch"):

@@ -215,6 +215,12 @@ class View(Machine):
         self._links[peer].closing = True
         return [Send(peer, Refuse(reason, one_line(detail))), Disconnect(peer, reason)]
 
+    def turn_away(self, peer: PeerId, reason: Reason, detail: str) -> list[Output]:
+        """End the link with a neighbour that does not fit, and remember why for the operator."""
+        if known := self._known.get(peer):
+            known.last_reason = f"{reason.value}: {detail}"
+        return self._refuse(peer, reason, detail)
+
     def heartbeat(self) -> list[Output]:
         """Tell every neighbour where we stand, now rather than at the next beat."""
         beat = Heartbeat(self.round, self.active)
@@ -332,9 +338,7 @@ class View(Machine):
         if link.hello is not None:
             return self._refuse(peer, Reason.GREETING, "a second hello on one link")
         if problem := mismatch(self._hello, theirs):
-            if known := self._known.get(peer):
-                known.last_reason = f"{problem[0].value}: {problem[1]}"
-            return self._refuse(peer, *problem)
+            return self.turn_away(peer, *problem)
         if self.num_live() >= self._settings.max_degree:
             # A newcomer is turned away with other doors to knock at.
             return [
@@ -508,7 +512,17 @@ class View(Machine):
 
 
 _MISFIT = frozenset(
-    {Reason.VERSION, Reason.NETWORK, Reason.PROTOCOL, Reason.TASK, Reason.SCHEMA, Reason.FULL}
+    {
+        Reason.VERSION,
+        Reason.NETWORK,
+        Reason.PROTOCOL,
+        Reason.TASK,
+        Reason.SCHEMA,
+        Reason.FULL,
+        Reason.GENERATOR,
+        Reason.BASE,
+        Reason.TERMS,
+    }
 )
 
 

@@ -3,6 +3,7 @@
 Belongs here: names of things that travel, their bounds, and nothing that acts.
 """
 
+import hashlib
 from enum import StrEnum
 from typing import Annotated, NewType
 
@@ -22,6 +23,16 @@ MAX_FETCH_HEADER_BYTES = 512 * 1024
 MAX_ADDRESSES = 8
 MAX_PEERS_PER_MESSAGE = 16
 MAX_ROUND = 2**48
+KEY_BYTES = 32
+SIGNATURE_BYTES = 64
+MAX_CODES = 255
+"""Scalars of one author in one round."""
+MAX_RECORDS_PER_MESSAGE = 128
+MAX_RANGES_PER_MESSAGE = 32
+STATE_ID_BYTES = 16
+RECORD_ID_BYTES = 16
+"""So long that an author cannot find two records of its own with one id."""
+MAX_IDS_PER_MESSAGE = 2048
 MAX_SAMPLES = 2**40
 DIGEST_BYTES = 32
 
@@ -70,6 +81,15 @@ class Reason(StrEnum):
     WRONG_FORMAT = "wrong_format"
     WRONG_SHAPE = "wrong_shape"
     NON_FINITE = "non_finite"
+    # shared-seed scalars
+    GENERATOR = "generator"
+    BASE = "base"
+    TERMS = "terms"
+    FORGED = "forged"
+    STRANGER = "stranger"  # a record of an author that the terms do not admit
+    EQUIVOCATION = "equivocation"
+    FUTURE = "future"
+    FLOOD = "flood"
     # no one's fault
     BUSY = "busy"
     GONE = "gone"
@@ -95,6 +115,9 @@ HOSTILE = frozenset(
         Reason.WRONG_FORMAT,
         Reason.WRONG_SHAPE,
         Reason.NON_FINITE,
+        Reason.FORGED,
+        Reason.STRANGER,
+        Reason.EQUIVOCATION,
     }
 )
 """Reasons that a correct peer never gives: they are counted as refusals, and never retried."""
@@ -107,6 +130,45 @@ class ModelRef(Struct, frozen=True, array_like=True, forbid_unknown_fields=True)
     size_bytes: Annotated[int, Meta(ge=1, le=MAX_MODEL_BYTES)]
     round: Round
     num_samples: Annotated[int, Meta(ge=1, le=MAX_SAMPLES)]
+
+
+AuthorKey = Annotated[bytes, Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]
+"""An author's raw Ed25519 public key, which is what its peer id is made of."""
+RecordId = NewType("RecordId", bytes)
+"""The first bytes of SHA-256 over what an author said in a round (see `protocols/README.md`)."""
+
+
+class ScalarRecord(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """All scalars of one author in one round, one byte each, signed by the author."""
+
+    author: AuthorKey
+    round: Annotated[int, Meta(ge=1, le=MAX_ROUND)]
+    codes: Annotated[bytes, Meta(max_length=MAX_CODES)]
+    built_on: Annotated[bytes, Meta(min_length=STATE_ID_BYTES, max_length=STATE_ID_BYTES)]
+    """The sealed state that the author stands on (see `state_id`): its vote, where two parts of a network have parted."""
+    signature: Annotated[bytes, Meta(min_length=SIGNATURE_BYTES, max_length=SIGNATURE_BYTES)]
+
+
+class Checkpoint(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """The state after a round, and the log that leads there."""
+
+    round: Round
+    log: WireDigest
+    """Of all that counted in the rounds up to this one."""
+    num_records: Annotated[int, Meta(ge=0, le=MAX_SAMPLES)]
+    """That counted."""
+    ref: ModelRef
+    """The parameters, which equal logs make equal to the byte; `num_samples` is 1."""
+
+
+StateId = NewType("StateId", bytes)
+
+
+def state_id(checkpoint: Checkpoint) -> StateId:
+    """A state in short: its round, its log and its parameters in one digest (see `protocols/README.md`)."""
+    place = checkpoint.round.to_bytes(8, "big")
+    hashed = hashlib.sha256(b"covey state 1\0" + place + checkpoint.log + checkpoint.ref.digest)
+    return StateId(hashed.digest()[:STATE_ID_BYTES])
 
 
 class PeerRecord(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
