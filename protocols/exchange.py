@@ -93,10 +93,13 @@ class Exchange(Machine):
 
     def want(self, peer: PeerId, ref: ModelRef) -> list[Output]:
         """Fetch this model from a neighbour that says it holds it, though it offered nothing. Asked for again while it is
-        on its way, nothing happens."""
+        on its way, or while another comes from that peer, nothing happens."""
         if ref.digest in self._held:
             return self._hand_on(peer, ref)
         if self._in_transit(ref) or ref.size_bytes > self._max_model_bytes:
+            return []
+        busy = any(transfer.peer == peer for transfer in self._transfers.values())
+        if busy or len(self._transfers) >= self._settings.max_parallel_fetches:
             return []
         self._next_token += 1
         self._transfers[self._next_token] = _Transfer(peer, ref)

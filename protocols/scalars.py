@@ -152,6 +152,8 @@ class ScalarLearning(Machine):
         self._lateness = 0
         self._settled_at: float | None = None
         self._done = False
+        self._measuring = 0
+        """The round whose scalars are being measured."""
         self._num_last = 0
         """Authors of the last round."""
         self._expected = 0
@@ -289,8 +291,8 @@ class ScalarLearning(Machine):
         self._round_began_at = now
         if max(self._log.newest_of(self._signatures.author), self._silent_until) > self.round:
             return self._collect(now)  # it has spoken in this round before, or may have
-        self.phase = _ESTIMATING
-        return self._order(Estimate(self._new_phase(), self._head, self.round + 1, self._settings.samples))
+        self.phase, self._measuring = _ESTIMATING, self.round + 1
+        return self._order(Estimate(self._new_phase(), self._head, self._measuring, self._settings.samples))
 
     def _where(self, now: float) -> int:
         """Rounds that most have behind them."""
@@ -314,10 +316,9 @@ class ScalarLearning(Machine):
         if not self._is_answer(event.token):
             return []
         out = self._answered()
-        round_ = self.round + 1
-        if round_ <= self._log.sealed:  # overtaken while it measured
+        if self._measuring != self.round + 1:  # overtaken while it measured
             return out + self._go_on(now)
-        return out + self._speak(now, round_, event.codes) + self._collect(now)
+        return out + self._speak(now, self._measuring, event.codes) + self._collect(now)
 
     def _speak(self, now: float, round_: int, codes: bytes) -> list[Output]:
         """Sign, keep, and pass on."""
@@ -686,7 +687,7 @@ class ScalarLearning(Machine):
             peer = peers[self._repairs % len(peers)]
             out += self._compare(peer)
             if self._repairs % MARKS_EVERY == 0:
-                out += self._mark([peer])
+                out += self._mark([peers[self._repairs // MARKS_EVERY % len(peers)]])
             out += self._consider(now)
         if self.phase is _DONE:
             out += self._close(now)

@@ -18,29 +18,88 @@ from protocols.messages import (
     FetchRequest,
     Heartbeat,
     Hello,
+    Holding,
     LinkMessage,
+    Marks,
     Message,
     Offer,
     Peers,
+    Pull,
+    Ranges,
     Refuse,
+    RoundRange,
+    Scalars,
+    Terms,
 )
 from protocols.vocabulary import (
     MAX_ADDRESSES,
     MAX_CHUNKS,
     MAX_FETCH_HEADER_BYTES,
     MAX_FRAME_BYTES,
+    MAX_IDS_PER_MESSAGE,
     MAX_MODEL_BYTES,
     MAX_PEERS_PER_MESSAGE,
     MAX_ROUND,
     MAX_SAMPLES,
+    Checkpoint,
     ModelRef,
     PeerRecord,
     Reason,
+    ScalarRecord,
 )
 
 law = settings(derandomize=True, deadline=None, max_examples=100)
 D1, D2 = bytes(range(32)), b"\xff" * 32
 
+AUTHOR, STATE, SIGNATURE = bytes(range(32, 64)), bytes(range(16)), bytes(range(64, 128))
+CHECKPOINT = Checkpoint(20, D1, 60, ModelRef(D2, 70_000, 20, 1))
+CHECKPOINT_ITEMS = [20, D1, 60, [D2, 70_000, 20, 1]]
+SCALARS: list[tuple[Message, list[object], str]] = [
+    (
+        Terms("philox", D1, 0.5, "constant", 0, "mean", 0.25, 0.99, 0, 20, 2, 1024, bytes(32)),
+        ["terms", "philox", D1, 0.5, "constant", 0, "mean", 0.25, 0.99, 0, 20, 2, 1024, bytes(32)],
+        (
+            "00000083019ea57465726d73a67068696c6f78c420000102030405060708090a0b0c0d0e0f101112131415161718191a"
+            "1b1c1d1e1fcb3fe0000000000000a8636f6e7374616e7400a46d65616ecb3fd0000000000000cb3fefae147ae147ae00"
+            "1402cd0400c4200000000000000000000000000000000000000000000000000000000000000000"
+        ),
+    ),
+    (
+        Scalars(6, (ScalarRecord(AUTHOR, 7, b"\x40\xc0\x00", STATE, SIGNATURE),)),
+        ["scalars", 6, [[AUTHOR, 7, b"\x40\xc0\x00", STATE, SIGNATURE]]],
+        (
+            "000000890193a77363616c617273069195c420202122232425262728292a2b2c2d2e2f303132333435363738393a3b3c"
+            "3d3e3f07c40340c000c410000102030405060708090a0b0c0d0e0fc440404142434445464748494a4b4c4d4e4f505152"
+            "535455565758595a5b5c5d5e5f606162636465666768696a6b6c6d6e6f707172737475767778797a7b7c7d7e7f"
+        ),
+    ),
+    (
+        Marks(27, 0, CHECKPOINT, None),
+        ["marks", 27, 0, CHECKPOINT_ITEMS, None],
+        (
+            "0000005a0195a56d61726b731b009414c420000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d"
+            "1e1f3c94c420ffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffce000111701401c0"
+        ),
+    ),
+    (
+        Ranges((RoundRange(21, 26, 18, D1),)),
+        ["ranges", [[21, 26, 18, D1]]],
+        (
+            "000000300192a672616e6765739194151a12c420000102030405060708090a0b0c0d0e0f101112131415161718191a1b"
+            "1c1d1e1f"
+        ),
+    ),
+    (
+        Holding(21, 21, STATE),
+        ["holding", 21, 21, STATE],
+        "0000001e0194a7686f6c64696e671515c410000102030405060708090a0b0c0d0e0f",
+    ),
+    (
+        Pull(21, 26, STATE),
+        ["pull", 21, 26, STATE],
+        "0000001b0194a470756c6c151ac410000102030405060708090a0b0c0d0e0f",
+    ),
+]
 # One of each message: the struct, the array on the wire, the whole frame.
 GOLDEN: list[tuple[Message, list[object], str]] = [
     (
@@ -80,6 +139,7 @@ GOLDEN: list[tuple[Message, list[object], str]] = [
         ),
     ),
     (Bye(), ["bye"], "000000060191a3627965"),
+    *SCALARS,
     (
         FetchRequest(D2, 3),
         ["fetch", D2, 3],
@@ -129,6 +189,16 @@ rounds = st.integers(0, MAX_ROUND)
 reasons = st.sampled_from(Reason)
 refs = st.builds(ModelRef, digests, st.integers(1, MAX_MODEL_BYTES), rounds, st.integers(1, MAX_SAMPLES))
 records = st.builds(PeerRecord, st.text(printable, min_size=1, max_size=128), addresses)
+numbers = st.floats(allow_nan=False)
+scalar_records = st.builds(
+    ScalarRecord,
+    digests,
+    st.integers(1, MAX_ROUND),
+    st.binary(max_size=255),
+    st.binary(min_size=16, max_size=16),
+    st.binary(min_size=64, max_size=64),
+)
+checkpoints = st.builds(Checkpoint, rounds, digests, st.integers(0, MAX_SAMPLES), refs)
 link_messages = st.one_of(
     st.builds(Hello, st.integers(0, 2**16), names, names, names, digests, addresses),
     st.builds(Refuse, reasons, details),
@@ -138,6 +208,21 @@ link_messages = st.one_of(
     st.builds(Offer, refs),
     st.builds(Decline, digests, reasons),
     st.builds(Bye),
+    st.builds(
+        Terms,
+        *(names, digests, numbers, names, rounds, names, numbers, numbers, st.integers(0, 2**20)),
+        *(st.integers(1, 2**20), st.integers(0, 2**20), st.integers(1, MAX_IDS_PER_MESSAGE), digests),
+    ),
+    st.builds(Scalars, rounds, st.lists(scalar_records, max_size=3).map(tuple)),
+    st.builds(Marks, rounds, rounds, checkpoints, st.none() | checkpoints),
+    st.builds(
+        Ranges,
+        st.lists(st.builds(RoundRange, rounds, rounds, st.integers(0, 2**48), digests), max_size=32).map(
+            tuple
+        ),
+    ),
+    st.builds(Holding, rounds, rounds, st.binary(max_size=64)),
+    st.builds(Pull, rounds, rounds, st.binary(max_size=64)),
 )
 fetch_messages = st.one_of(
     st.builds(FetchRequest, digests, st.integers(0, MAX_CHUNKS)),
