@@ -237,7 +237,9 @@ class ScalarLog:
     def adopt(self, checkpoint: Checkpoint) -> None:
         """Begin at a state that others have sealed: what this node held of its rounds means nothing any more."""
         self.drop(checkpoint.round)
-        self.cut = checkpoint.round  # where it is an older one, what was cut after it is to be had from others again
+        self.cut = (
+            checkpoint.round
+        )  # where it is an older one, what was cut after it is to be had from others again
         self.sealed, self._sealed_log = checkpoint.round, checkpoint.log
         self._sealed_records = checkpoint.num_records
         self._chain = {}

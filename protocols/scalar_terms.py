@@ -95,6 +95,10 @@ class ScalarSettings(Struct, frozen=True, forbid_unknown_fields=True):
             raise ValueError("schedule 'linear' falls to 0 over rounds, which must then be 1 or more")
         if self.pool and self.weight_decay:
             raise ValueError("weight_decay cannot go with a pool: its state is one number a seed")
+        if self.learning_rate * self.weight_decay >= 1:
+            raise ValueError(
+                "learning_rate times weight_decay must be below 1, or nothing is left of a parameter"
+            )
         if self.private_noise and self.private_clip is None:
             raise ValueError("private_noise is in units of private_clip, which must then be given")
 

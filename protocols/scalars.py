@@ -388,7 +388,7 @@ class ScalarLearning(Machine):
         return tuple(
             round_scalars(self._settings, number, records)
             for number in self._log.rounds(after + 1, last)
-            if (records := self._log.counting(number))
+            if any(record.codes for record in (records := self._log.counting(number)))
         )
 
     def _take_head(self, ref: ModelRef) -> list[Output]:

@@ -376,6 +376,19 @@ def test_a_round_far_in_the_future_is_not_kept() -> None:
     assert status.round < far
 
 
+def test_a_record_without_scalars_moves_nothing() -> None:
+    """And does not stand in the way of the rounds that have some."""
+    network, liar = running(deadline_s=1.0)
+    for name in ("n1", "n2"):
+        network.crash(node(network, name))
+    liar.say(*[Scalars(0, (liar.record(liar.target.learning.round + 1 + i, b""),)) for i in range(4)])
+    for name in ("n1", "n2"):
+        network.start(node(network, name))
+    network.run_to_end()
+    state = everyone_equal(network)
+    assert all(any(codes for _, codes in each[3]) for each in state)  # type: ignore[index]
+
+
 def test_one_liar_does_not_move_the_round() -> None:
     network, liar = running()
     liar.say(Scalars(10**9, ()))
@@ -491,7 +504,12 @@ def test_scale_and_decay_are_data_of_the_round() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"schedule": "linear"}, {"pool": 8, "weight_decay": 0.1}, {"private_noise": 1.0}],
+    [
+        {"schedule": "linear"},
+        {"pool": 8, "weight_decay": 0.1},
+        {"private_noise": 1.0},
+        {"learning_rate": 10.0, "weight_decay": 0.1},
+    ],
 )
 def test_settings_that_contradict_each_other_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"must|cannot"):
