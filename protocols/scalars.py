@@ -385,10 +385,11 @@ class ScalarLearning(Machine):
         return self._order(Replay(self._new_phase(), start, rounds, self._log.chain(self.round), save=False))
 
     def _rounds(self, after: int, last: int) -> tuple[RoundScalars, ...]:
+        counting = [(number, self._log.counting(number)) for number in self._log.rounds(after + 1, last)]
         return tuple(
             round_scalars(self._settings, number, records)
-            for number in self._log.rounds(after + 1, last)
-            if any(record.codes for record in (records := self._log.counting(number)))
+            for number, records in counting
+            if any(record.codes for record in records)
         )
 
     def _take_head(self, ref: ModelRef) -> list[Output]:
