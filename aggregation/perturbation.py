@@ -300,6 +300,8 @@ def shift(params: Params, key: int, step: float, kind: str = GENERATOR) -> Lost:
     `step` is taken as the nearest float32. Raises ValueError as `apply_steps` does, and for a step that is not finite.
     """
     size = _checked_step(step)
+    rooms: list[NDArray[Any]] = []
+    """One for each thread, used again and again: fresh ones would leave holes in memory between what is kept."""
 
     def work(piece: _Piece) -> tuple[Any, Any, int]:
         if not _is_compiled(piece, kind):
@@ -307,9 +309,12 @@ def shift(params: Params, key: int, step: float, kind: str = GENERATOR) -> Lost:
             return where, values, len(values)
         head = _head(piece)
         marks = np.empty(-(-len(piece.values) // 32), np.uint32)
-        room = np.empty(len(piece.values), head[0].dtype)
-        count = _kernels().shift(*head, _key_words([key])[0], (-size).view(np.uint32), marks, room)
-        return marks, room[:count].copy(), count
+        room = rooms.pop() if rooms else np.empty(PIECE_ENTRIES, np.uint32)
+        found = room.view(head[0].dtype)[: len(piece.values)]
+        count = _kernels().shift(*head, _key_words([key])[0], (-size).view(np.uint32), marks, found)
+        kept = found[:count].copy()
+        rooms.append(room)
+        return marks, kept, count
 
     found = _over(params, kind, work)
     return Lost([(where, values) for where, values, _ in found], sum(count for _, _, count in found))

@@ -1,4 +1,4 @@
-"""The daemon's HTTP API, for its own machine: status, peers, rounds, metrics, export, stop.
+"""The daemon's HTTP API, for its own machine: status, peers, rounds, the log of scalars, metrics, stop.
 
 Bound to 127.0.0.1. Every call needs the token that lies in the home; a Host or Origin that is not local is
 refused, so that a web page in the user's browser can neither read nor stop the node.
@@ -92,8 +92,9 @@ def make_app(
     rounds: Callable[[int], list[dict[str, Any]]],
     metrics: Callable[[], bytes],
     stop: Callable[[], None],
+    log: Callable[[], dict[str, Any] | None] = lambda: None,
 ) -> Starlette:
-    """The application over what the daemon can tell and do."""
+    """The application over what the daemon can tell and do. log: None where the node keeps none."""
 
     async def get_status(request: Request) -> Response:
         return _json(status())
@@ -108,6 +109,12 @@ def make_app(
             return _json({"error": "last: a whole number"}, 400)
         return _json(rounds(max(1, min(last, 100_000))))
 
+    async def get_log(request: Request) -> Response:
+        data = log()
+        if data is None:
+            return _json({"error": "this node does not learn by scalars and keeps no log"}, 404)
+        return _json(data)
+
     async def get_metrics(request: Request) -> Response:
         return PlainTextResponse(metrics(), media_type="text/plain; version=0.0.4")
 
@@ -120,6 +127,7 @@ def make_app(
             Route("/status", get_status),
             Route("/peers", get_peers),
             Route("/rounds", get_rounds),
+            Route("/log", get_log),
             Route("/metrics", get_metrics),
             Route("/stop", post_stop, methods=["POST"]),
         ],

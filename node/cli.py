@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from node import api
-from node.config import CONFIG_FILE, Config, load_config, to_toml, toml_value
+from node.config import CONFIG_FILE, Config, Setting, load_config, parse_setting, to_toml, toml_value
 from node.identity import KEY_FILE, create_key, load_key, peer_id_of
 from protocols.errors import ConfigError, CoveyError, LocalError
 
@@ -40,6 +40,29 @@ Home = Annotated[
         show_default="~/.covey",
     ),
 ]
+Protocol = Annotated[
+    str | None,
+    typer.Option(
+        help="How to learn: `gossip` exchanges models, `scalars` one byte a gradient estimate, `none` only introduces.",
+        show_default="gossip, or what the config says",
+    ),
+]
+Options = Annotated[
+    list[str] | None,
+    typer.Option("--option", help="An option of the task, as <name>=<value>; may be repeated."),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="A setting of the config, as <table>.<name>=<value>; may be repeated."),
+]
+TaskName = Annotated[
+    str | None,
+    typer.Option(
+        "--task",
+        help="A built-in task, or `my_task.py:make_task`.",
+        show_default="digits, or what the config says",
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of text.")]
 _HOME = Path("~/.covey").expanduser()
 
@@ -50,13 +73,13 @@ err = Console(stderr=True)
 @app.command()
 def init(
     home: Home = _HOME,
-    task: Annotated[str, typer.Option(help="A built-in task, or `my_task.py:make_task`.")] = "digits",
+    task: TaskName = None,
     network: Annotated[str, typer.Option(help="The network's name; others refuse to link.")] = "covey",
     bootstrap: Annotated[list[str] | None, typer.Option(help="A peer to ask first; may be repeated.")] = None,
     listen: Annotated[str, typer.Option(help="Where to listen.")] = "/ip4/0.0.0.0/tcp/4001",
-    protocol: Annotated[
-        str, typer.Option(help="`gossip`, or `none` for a bootstrap that only introduces.")
-    ] = "gossip",
+    protocol: Protocol = None,
+    option: Options = None,
+    set_: Settings = None,
     as_json: Json = False,
 ) -> None:
     """Make a home: a key that is this node's identity, and a config to edit."""
@@ -66,9 +89,14 @@ def init(
         raise LocalError(f"{home} cannot be made: {error.strerror}") from error
     if (home / CONFIG_FILE).exists():
         raise LocalError(f"{home / CONFIG_FILE} exists already; edit it, or choose another --home")
-    text = _template(task, network, bootstrap or [], listen, protocol)
     from node.config import parse_config
+    from node.first_config import first_config
 
+    told = _settings(task, protocol, option, set_)
+    addresses = {"name": network, "listen": [listen], "bootstrap": bootstrap or []}
+    own = [Setting(("network", name), value) for name, value in addresses.items()]
+    chosen = next((each.value for each in reversed(told) if each.path == ("learning", "protocol")), "gossip")
+    text = first_config(chosen, [*own, *told])
     parse_config(text, {})
     key = load_key(home / KEY_FILE) if (home / KEY_FILE).exists() else create_key(home / KEY_FILE)
     (home / CONFIG_FILE).write_text(text, encoding="utf-8")
@@ -86,9 +114,18 @@ def init(
 
 
 @app.command()
-def run(home: Home = _HOME) -> None:
-    """Run the node in the foreground. Ctrl-C or SIGTERM stops it; nothing is lost."""
-    config = load_config(home)
+def run(
+    home: Home = _HOME,
+    task: TaskName = None,
+    protocol: Protocol = None,
+    option: Options = None,
+    set_: Settings = None,
+) -> None:
+    """Run the node in the foreground. Ctrl-C or SIGTERM stops it; nothing is lost.
+
+    What is given here is for this run alone, and goes on top of the config and the environment.
+    """
+    config = load_config(home, os.environ, _settings(task, protocol, option, set_))
     _check_rule(config)
     from node.telemetry import configure_logging
 
@@ -128,9 +165,10 @@ def status(home: Home = _HOME, as_json: Json = False) -> None:
         ("address", " ".join(data["addresses"])),
         ("network", data["network"]),
         ("task", f"{data['task']} ({data['learning']})"),
-        ("round", f"{data['round']} ({data['phase']}), merged {data['merged']} models last"),
+        ("round", f"{data['round']} ({data['phase']}), merged {data['merged']} {_merged(data)} last"),
         *(("merge", f"{name}: {_figure(value)}") for name, value in data["report"].items()),
         ("model", metrics or "not evaluated yet"),
+        *([("log", _log_line(data["log"]))] if "log" in data else []),
         ("links", str(data["live_peers"])),
         ("traffic", f"{_bytes(data['bytes_sent'])} sent, {_bytes(data['bytes_received'])} received"),
         ("refused", ", ".join(f"{n} {reason}" for reason, n in sorted(data["refused"].items())) or "nothing"),
@@ -160,6 +198,86 @@ def peers(home: Home = _HOME, as_json: Json = False) -> None:
             highlight=False,
             soft_wrap=True,
         )
+
+
+@app.command()
+def log(home: Home = _HOME, as_json: Json = False) -> None:
+    """The log of a node that learns by scalars: records, authors, gaps, checkpoints. It may run or not."""
+    data = _log_of(home)
+    if as_json:
+        _print_json(data)
+        return
+    disk = data["on_disk"]
+    where = f", from after round {disk['cut']}; what was before is gone" if disk["cut"] else ""
+    held = f"{data['records']} in memory, " if data["running"] else ""
+    rows = [
+        ("round", f"{data['round']}" + ("" if data["running"] else " (not running)")),
+        ("digest", data["log"]),
+        ("records", f"{held}{disk['records']} on the disk{where}"),
+        *([("void", f"{data['void']}: their authors contradicted themselves")] if data["void"] else []),
+        ("sealed", _checkpoint_line(data["sealed"]) or "nothing yet"),
+        *([("proposed", line)] if (line := _checkpoint_line(data["proposed"])) else []),
+        ("missing", ", ".join(_rounds(*each) for each in data["missing"]) or "no round"),
+        *(("author", f"{peer} up to round {last}") for peer, last in data["authors"].items()),
+    ]
+    for name, value in rows:
+        out.print(f"[bold]{name:9}[/bold] {escape(value)}", highlight=False, soft_wrap=True)
+
+
+def _log_of(home: Path) -> dict[str, Any]:
+    if (home / api.API_FILE).exists():
+        try:
+            running: dict[str, Any] = api.call(home, "/log")
+        except LocalError as error:
+            if "does not answer" not in str(error):
+                raise
+        else:
+            return running
+    from node.replica import describe_stopped
+
+    return describe_stopped(home)
+
+
+def _checkpoint_line(data: dict[str, Any] | None) -> str:
+    return f"round {data['round']}, {data['records']} records, state {data['digest']}" if data else ""
+
+
+def _rounds(first: int, last: int) -> str:
+    return str(first) if first == last else f"{first} to {last}"
+
+
+@app.command()
+def verify(
+    home: Home = _HOME,
+    task: TaskName = None,
+    protocol: Protocol = None,
+    option: Options = None,
+    set_: Settings = None,
+    as_json: Json = False,
+) -> None:
+    """Replay the log of scalars from the base model, and compare with every checkpoint. Fails where one differs.
+
+    The node may run meanwhile. What `covey run` was given on its command line has to be given here too.
+    """
+    config = load_config(home, os.environ, _settings(task, protocol, option, set_))
+    if config.learning.protocol != "scalars":
+        raise ConfigError("learning.protocol", f"'{config.learning.protocol}' keeps no log", ["scalars"])
+    from node.replica import verify_log
+
+    with err.status("checking the base model") as line:
+        found = verify_log(config, home, lambda done, of: line.update(f"{done} of {of} records replayed"))
+    if as_json:
+        _print_json(msgspec.to_builtins(found))
+    else:
+        start = "the base model"
+        if found.started_at:
+            start = f"the checkpoint of round {found.started_at}, since the log before it was cut"
+        what = f"{found.num_records} records checked, replayed from {start} up to round {found.round}"
+        out.print(f"{what}; {found.num_checkpoints} checkpoints compared", highlight=False, soft_wrap=True)
+        out.print(f"log     {found.log}\nstate   {found.state}", highlight=False, soft_wrap=True)
+    if not found.ok:
+        err.print(f"[red]covey:[/red] {escape(found.problem)}", highlight=False, soft_wrap=True)
+        raise typer.Exit(EXIT_FAILED)
 
 
 @app.command()
@@ -323,8 +441,19 @@ def _root(
     pass
 
 
+def _settings(
+    task: str | None, protocol: str | None, options: list[str] | None, settings: list[str] | None
+) -> list[Setting]:
+    """What the command line sets; `--task` comes first, since options belong to it."""
+    found = [Setting(("task", "name"), task)] if task is not None else []
+    if protocol is not None:
+        found.append(Setting(("learning", "protocol"), protocol))
+    found += [parse_setting(text, "--option", ("task", "options")) for text in options or ()]
+    return found + [parse_setting(text) for text in settings or ()]
+
+
 def _check_rule(config: Config) -> None:
-    if not config.learns:
+    if config.learning.protocol != "gossip":
         return
     from node.merging import build_rules, rule_error
 
@@ -335,33 +464,17 @@ def _check_rule(config: Config) -> None:
         raise rule_error(error) from error
 
 
-def _template(task: str, network: str, bootstrap: list[str], listen: str, protocol: str) -> str:
-    return f"""\
-# The settings of one covey node. What is left out has its default: `covey config show` lists all.
-# Any of them can be set from the environment: COVEY_NETWORK__TARGET_DEGREE=4 sets network.target_degree.
-
-[network]
-name = {toml_value(network)}            # nodes of another network refuse each other
-listen = [{toml_value(listen)}]
-bootstrap = {toml_value(bootstrap)}     # peers to ask first: "/ip4/…/tcp/…/p2p/<peer id>"
-
-[learning]
-protocol = {toml_value(protocol)}       # "none": only help others find each other
-rule = ["mean", "variance.corrected"]   # how received models are merged, in order
-rounds = 0                              # 0: for ever
-
-[task]
-name = {toml_value(task)}               # a built-in, or "my_task.py:make_task" beside this file
-
-[training]
-local_steps = 10                        # mini-batches between two exchanges
-batch_size = 16
-learning_rate = 0.1
-"""
-
-
 def _print_json(data: Any) -> None:
     typer.echo(json.dumps(data))
+
+
+def _merged(data: dict[str, Any]) -> str:
+    return "authors' scalars" if data["learning"] == "scalars" else "models"
+
+
+def _log_line(log: dict[str, Any]) -> str:
+    sealed = f"sealed up to round {log['sealed']['round']}" if log["sealed"] else "nothing sealed yet"
+    return f"{log['on_disk']['records']} records, {sealed}, digest {log['log'][:16]}"
 
 
 def _figure(value: str | float) -> str:

@@ -14,11 +14,23 @@ from node.store import BlobStore
 from node.tasks import Task, build_model, restricted
 from node.training import evaluate, train
 from node.weights import encode_params, load_params
-from protocols.events import Aggregate, Aggregated, Evaluate, Evaluated, Train, Trained, WorkFailed
+from protocols.events import (
+    Aggregate,
+    Aggregated,
+    Estimate,
+    Estimated,
+    Evaluate,
+    Evaluated,
+    Replay,
+    Replayed,
+    Train,
+    Trained,
+    WorkFailed,
+)
 from protocols.vocabulary import MAX_SAMPLES, ModelRef, one_line
 
-WorkOrder = Train | Aggregate | Evaluate
-WorkResult = Trained | Aggregated | Evaluated | WorkFailed
+WorkOrder = Train | Aggregate | Evaluate | Estimate | Replay
+WorkResult = Trained | Aggregated | Evaluated | Estimated | Replayed | WorkFailed
 
 
 class Models(Protocol):
@@ -106,6 +118,8 @@ class Work:
                 case Evaluate():
                     params = self._models.load(order.ref)
                     return Evaluated(order.token, evaluate(self._task, params, model=self._model))
+                case Estimate() | Replay():
+                    return WorkFailed(order.token, "this node learns by exchanging models")
         except Exception as error:  # a user's model, loss or metrics may raise anything
             return WorkFailed(order.token, one_line(f"{type(error).__name__}: {error}"))
 

@@ -6,9 +6,9 @@ Every mistake is a `ConfigError` with the field's path and what is allowed.
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
 import msgspec
 from msgspec import Meta, Struct, field
@@ -16,11 +16,13 @@ from msgspec import Meta, Struct, field
 from node.addresses import MAX_PORT, split_tcp
 from node.core import LEARNING, CoreSettings
 from node.settings import Shard, TrainingSettings
+from node.signatures import author_of
 from protocols.errors import ConfigError
 from protocols.exchange import ExchangeSettings
 from protocols.gossip import GossipSettings
+from protocols.scalar_terms import ScalarSettings
 from protocols.view import NO_LEARNING, ViewSettings
-from protocols.vocabulary import Name, SchemaHash, peer_of
+from protocols.vocabulary import DIGEST_BYTES, Name, SchemaHash, peer_of
 
 CONFIG_FILE = "covey.toml"
 _ENV_PREFIX = "COVEY_"
@@ -40,8 +42,9 @@ class NetworkConfig(ViewSettings, frozen=True, forbid_unknown_fields=True, kw_on
 class LearningConfig(GossipSettings, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How rounds run and how received models are merged."""
 
-    protocol: Literal["gossip", "none"] = "gossip"
-    """`none`: help others find each other, learn nothing."""
+    protocol: Literal["gossip", "scalars", "none"] = "gossip"
+    """`gossip`: exchange models. `scalars`: exchange one byte a gradient estimate, see the table `scalars`; of this table
+    only this setting counts then. `none`: help others find each other, learn nothing."""
     rule: tuple[str | dict[str, Any], ...] = ("mean", "variance.corrected")
     """The merge rules in order: a name, or a table with `name` and its arguments; `covey rules` lists them."""
     final_rule: tuple[str | dict[str, Any], ...] = ("fedavg",)
@@ -55,7 +58,8 @@ class TaskConfig(Struct, frozen=True, forbid_unknown_fields=True):
     name: Annotated[str, Meta(min_length=1)] = "digits"
     options: dict[str, Any] = {}
     seed: int | None = None
-    """Of the first model and the batches; left out, it follows from the node's key."""
+    """Of the first model and the batches; left out, it follows from the node's key, but with `scalars` the first model is
+    the same on all nodes, which it has to be."""
     probe: str | None = None
     """An .npz file with inputs that all nodes have, an array `x` [samples, ...] as the network takes them, for merge
     rules with `probe = "shared"`. The file must be the same on every node; it never travels."""
@@ -89,6 +93,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
 
     network: NetworkConfig = field(default_factory=NetworkConfig)
     learning: LearningConfig = field(default_factory=LearningConfig)
+    scalars: ScalarSettings = field(default_factory=ScalarSettings)
     exchange: ExchangeSettings = field(default_factory=ExchangeSettings)
     task: TaskConfig = field(default_factory=TaskConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -99,8 +104,15 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     def learns(self) -> bool:
         return self.learning.protocol != NO_LEARNING
 
-    def core_settings(self, task: str, schema: SchemaHash, max_model_bytes: int) -> CoreSettings:
-        """What the core is told."""
+    @property
+    def members(self) -> frozenset[bytes]:
+        """The author keys of `scalars.members`."""
+        return frozenset(author_of(peer) for peer in self.scalars.members)
+
+    def core_settings(
+        self, task: str, schema: SchemaHash, max_model_bytes: int, base: bytes = bytes(DIGEST_BYTES)
+    ) -> CoreSettings:
+        """What the core is told. base: of a node that learns by scalars, the digest of the model that all begin with."""
         return CoreSettings(
             network=self.network.name,
             task=task,
@@ -110,11 +122,40 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
             view=self.network,
             exchange=self.exchange,
             gossip=self.learning,
+            scalars=self.scalars,
+            base=base,
+            members=self.members,
         )
 
 
-def load_config(home: Path, environ: Mapping[str, str] = os.environ) -> Config:
-    """A home's config with the environment on top.
+class Setting(NamedTuple):
+    """One value that goes on top of file and environment: the names of its tables and its own, such as
+    ("network", "target_degree")."""
+
+    path: tuple[str, ...]
+    value: Any
+
+
+def parse_setting(text: str, option: str = "--set", table: tuple[str, ...] = ()) -> Setting:
+    """A setting as it is written on the command line: `network.target_degree=4`.
+
+    The value is read as TOML; what is none is taken as text.
+
+    table: what the name on the left is in; then it is one name, dots and all.
+    Raises ConfigError, with `option` as the path, where there is no name.
+    """
+    name, equals, value = text.partition("=")
+    parts = (*table, name) if table else tuple(name.split("."))
+    if not equals or len(parts) < 2 or not all(parts):
+        wanted = "<name>=<value>" if table else "<table>.<name>=<value>"
+        raise ConfigError(option, f"'{text}' sets nothing", [wanted])
+    return Setting(parts, _toml_or_text(value))
+
+
+def load_config(
+    home: Path, environ: Mapping[str, str] = os.environ, settings: Sequence[Setting] = ()
+) -> Config:
+    """A home's config with the environment on top, and settings on top of that.
 
     Raises:
         ConfigError: missing or malformed file, unknown field, wrong type or value.
@@ -128,18 +169,25 @@ def load_config(home: Path, environ: Mapping[str, str] = os.environ) -> Config:
         ) from error
     except UnicodeDecodeError as error:
         raise ConfigError(str(path), "is not UTF-8 text") from error
-    return parse_config(text, environ, str(path))
+    return parse_config(text, environ, str(path), settings)
 
 
-def parse_config(text: str, environ: Mapping[str, str], origin: str = CONFIG_FILE) -> Config:
-    """TOML text and environment to a checked config."""
+def parse_config(
+    text: str, environ: Mapping[str, str], origin: str = CONFIG_FILE, settings: Sequence[Setting] = ()
+) -> Config:
+    """TOML text, environment and settings to a checked config."""
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(origin, f"is not TOML: {error}") from error
     for name in sorted(environ):
         if name.startswith(_ENV_PREFIX) and name not in _OTHER_VARIABLES:
-            _override(data, name, environ[name])
+            path = name.removeprefix(_ENV_PREFIX).lower().split("__")
+            _override(data, name, path, _toml_or_text(environ[name]))
+    for setting in settings:
+        if setting.path == ("task", "name"):
+            _leave_options(data, setting.value)
+        _override(data, ".".join(setting.path), setting.path, setting.value)
     return convert_config(data)
 
 
@@ -156,18 +204,30 @@ def convert_config(data: dict[str, Any]) -> Config:
 _OTHER_VARIABLES = frozenset({"COVEY_HOME", "COVEY_REWRITE_TRACES"})
 
 
-def _override(data: dict[str, Any], name: str, value: str) -> None:
-    """`COVEY_NETWORK__TARGET_DEGREE=4` sets `network.target_degree`."""
-    *tables, key = name.removeprefix(_ENV_PREFIX).lower().split("__")
+def _override(data: dict[str, Any], origin: str, path: Sequence[str], value: Any) -> None:
+    """Set one value; `origin` is what an error names."""
+    *tables, key = path
     table = data
     for part in tables:
         table = table.setdefault(part, {})
         if not isinstance(table, dict):
-            raise ConfigError(name, f"'{part}' is a value, not a table")
+            raise ConfigError(origin, f"'{part}' is a value, not a table")
+    table[key] = value
+
+
+def _leave_options(data: dict[str, Any], task: Any) -> None:
+    """Another task has other options than that of the file."""
+    table = data.get("task")
+    if isinstance(table, dict) and table.get("name", TaskConfig().name) != task:
+        table.pop("options", None)
+
+
+def _toml_or_text(value: str) -> Any:
     try:
-        table[key] = tomllib.loads(f"value = {value}")["value"]
+        found = tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
-        table[key] = value  # a bare word: text
+        return value  # a bare word
+    return found if isinstance(found, bool | int | float | str | list | dict) else value
 
 
 def _explain(message: str) -> ConfigError:
@@ -236,6 +296,13 @@ def _check(config: Config) -> None:
     shard = config.task.shard
     if shard is not None and shard.index >= shard.count:
         raise ConfigError("task.shard.index", f"{shard.index} of {shard.count}", [f"0 to {shard.count - 1}"])
+    for index, peer in enumerate(config.scalars.members):
+        try:
+            author_of(peer)
+        except ValueError as error:
+            raise ConfigError(
+                f"scalars.members[{index}]", str(error), ["a peer id, as printed by `covey init`"]
+            ) from error
     assert config.learning.protocol in LEARNING
 
 
@@ -256,14 +323,15 @@ def _render_table(path: str, table: Mapping[str, Any]) -> list[str]:
         key: value for key, value in table.items() if value is not None and not isinstance(value, Mapping)
     }
     nested = {key: value for key, value in table.items() if isinstance(value, Mapping)}
-    lines = [f"{_toml_key(key)} = {toml_value(value)}" for key, value in plain.items()]
+    lines = [f"{toml_key(key)} = {toml_value(value)}" for key, value in plain.items()]
     for key, value in nested.items():
-        inner = f"{path}.{_toml_key(key)}"
+        inner = f"{path}.{toml_key(key)}"
         lines += ["", f"[{inner}]", *_render_table(inner, value)]
     return lines
 
 
-def _toml_key(key: str) -> str:
+def toml_key(key: str) -> str:
+    """One name as TOML."""
     return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else toml_value(key)
 
 
@@ -279,7 +347,7 @@ def toml_value(value: Any) -> str:
             return repr(value)
         case Mapping():
             return (
-                "{" + ", ".join(f"{_toml_key(key)} = {toml_value(item)}" for key, item in value.items()) + "}"
+                "{" + ", ".join(f"{toml_key(key)} = {toml_value(item)}" for key, item in value.items()) + "}"
             )
         case _:
             return "[" + ", ".join(toml_value(item) for item in value) + "]"

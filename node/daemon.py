@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import msgspec
 
@@ -20,17 +20,59 @@ from node.driver import Driver, Perform
 from node.identity import KEY_FILE, key_seed, load_key, peer_id_of
 from node.libp2p_network import Libp2pNetwork
 from node.ports import MonotonicClock
+from node.scalar_store import ScalarStore
+from node.signatures import Ed25519Signatures
 from node.store import BlobStore, History, HomeLock
 from node.telemetry import Telemetry
 from protocols.errors import ConfigError, LocalError, PeerError
 from protocols.events import Started, WorkFailed
-from protocols.vocabulary import DIGEST_BYTES, ModelRef, PeerId, Reason, SchemaHash
+from protocols.scalars import ScalarLearning
+from protocols.vocabulary import (
+    DIGEST_BYTES,
+    Checkpoint,
+    ModelRef,
+    PeerId,
+    Reason,
+    ScalarRecord,
+    SchemaHash,
+)
 
 LATENESS_PERIOD_S = 0.1
+SCRATCH = "scratch"
+"""Folder of the home for what is written anew at every start."""
+
+
+class Beginning(NamedTuple):
+    """What the core begins with. See `protocols.events.Started`."""
+
+    ref: ModelRef | None
+    checkpoint: Checkpoint | None = None
+    records: tuple[ScalarRecord, ...] = ()
+
+
+class Part(Protocol):
+    """What a node has of its learning protocol.
+
+    base: the digest that all replicas begin with; scalars: where the log is kept. Of a node that learns by scalars.
+    """
+
+    name: str
+    schema: SchemaHash
+    max_model_bytes: int
+    store: BlobStore
+    perform: Perform
+    base: bytes
+    scalars: ScalarStore | None
+
+    def begin(self, warn: Callable[[str], None]) -> Beginning:
+        """Where the node left off, or a fresh start."""
 
 
 class Learner:
     """What a learning node has and a mere helper has not: a task, its schema, a place for its models."""
+
+    base = bytes(DIGEST_BYTES)
+    scalars: ScalarStore | None = None
 
     def __init__(self, config: Config, home: Path, me: PeerId) -> None:
         import torch
@@ -72,14 +114,69 @@ class Learner:
         self.num_samples = work.num_samples
         self.perform: Perform = work.perform
 
-    def first_model(self, warn: Callable[[str], None]) -> ModelRef:
+    def begin(self, warn: Callable[[str], None]) -> Beginning:
         """The newest whole checkpoint, or a fresh start."""
-        return self.store.restore(warn) or self._models.save(self._first, 0, self.num_samples)
+        return Beginning(self.store.restore(warn) or self._models.save(self._first, 0, self.num_samples))
+
+
+class ScalarLearner:
+    """The same of a node that learns by scalars: one module in memory, and the log that its state follows from."""
+
+    def __init__(self, config: Config, home: Path, me: PeerId, author: bytes) -> None:
+        from node.replica import Replica, check_member
+        from node.scalar_work import ScalarWork
+        from node.weights import schema_hash
+
+        check_member(config, me)
+        replica = Replica(config, home, home / SCRATCH)
+        self.base = replica.base
+        self.name = replica.task.name
+        self.schema = schema_hash(self.name, replica.schema)
+        self.max_model_bytes = self._size_bytes = replica.state.file.size_bytes
+        self.store = BlobStore(home, replica.state.check)
+        self.scalars: ScalarStore | None = ScalarStore(home, author, config.scalars.keep_log)
+        self.scalars.bind(replica.terms)
+        self._author = author
+        work = ScalarWork(
+            replica.task,
+            replica.module,
+            replica.state,
+            config.scalars,
+            config.training,
+            self.store,
+            replica.base,
+            author,
+            config.task.seed if config.task.seed is not None else key_seed(me),
+            me,
+        )
+        self.perform: Perform = work.perform
+
+    def begin(self, warn: Callable[[str], None]) -> Beginning:
+        """The newest checkpoint that is whole and what came after it, or the base model and all that was kept."""
+        assert self.scalars is not None
+        base = ModelRef(self.base, self._size_bytes, 0, 1)
+        checkpoints = self.scalars.checkpoints()
+        self.store.set_aside([checkpoint.ref.digest for checkpoint in checkpoints], warn)
+        for checkpoint in checkpoints:
+            digest = checkpoint.ref.digest
+            if digest == self.base or self.store.restore_one(digest, warn):
+                return Beginning(base, checkpoint, self.scalars.records(checkpoint.round))
+            warn(f"the checkpoint of round {checkpoint.round} cannot be used; falling back to the one before")
+        records = self.scalars.records()
+        if self.scalars.cut:
+            warn(
+                "no checkpoint is whole, and the log before them was cut: the state has to come from neighbours"
+            )
+            # What this node signed it must not sign otherwise; the rest leads nowhere without what was before it.
+            records = tuple(record for record in records if record.author == self._author)
+        return Beginning(base, None, records)
 
 
 class Helper:
     """A node that takes no part in learning: it holds no model and accepts none."""
 
+    base = bytes(DIGEST_BYTES)
+    scalars: ScalarStore | None = None
     name = "none"
     schema = SchemaHash(bytes(DIGEST_BYTES))
     max_model_bytes = 1
@@ -91,8 +188,21 @@ class Helper:
         self.store = BlobStore(home, refuse)
         self.perform: Perform = lambda order: WorkFailed(order.token, "this node does not learn")
 
-    def first_model(self, warn: Callable[[str], None]) -> ModelRef | None:
-        return None
+    def begin(self, warn: Callable[[str], None]) -> Beginning:
+        return Beginning(None)
+
+
+def make_part(config: Config, home: Path, me: PeerId, author: bytes) -> Part:
+    """What the configured protocol needs. Raises ConfigError and LocalError where it cannot be had."""
+    if config.learning.protocol == "scalars":
+        return ScalarLearner(config, home, me, author)
+    return Learner(config, home, me) if config.learns else Helper(home)
+
+
+def _round_of(beginning: Beginning) -> int:
+    rounds = [record.round for record in beginning.records[-1:]]
+    rounds += [ref.round for ref in (beginning.checkpoint, beginning.ref) if ref is not None]
+    return max(rounds, default=0)
 
 
 class Daemon:
@@ -120,12 +230,17 @@ class Daemon:
             history = History(self._home)
             stack.callback(history.close)
             self._history = history
-            part = Learner(self._config, self._home, self._me) if self._config.learns else Helper(self._home)
-            ref = part.first_model(self._telemetry.warning)
+            signatures = Ed25519Signatures(key)
+            part = make_part(self._config, self._home, self._me, signatures.author)
+            if part.scalars is not None:
+                stack.callback(part.scalars.close)
+            self._scalars = part.scalars
+            beginning = part.begin(self._telemetry.warning)
             core = NodeCore(
-                self._config.core_settings(part.name, part.schema, part.max_model_bytes),
+                self._config.core_settings(part.name, part.schema, part.max_model_bytes, part.base),
                 self._me,
                 random.Random(os.urandom(16)),
+                signatures,
             )
             self._task_name, self._store = part.name, part.store
             driver = self._driver = Driver(
@@ -136,6 +251,7 @@ class Daemon:
                 history,
                 self._telemetry,
                 part.perform,
+                part.scalars,
             )
             network = self._network = Libp2pNetwork(
                 key,
@@ -148,14 +264,14 @@ class Daemon:
             driver.attach(network)
             try:
                 self._addresses = await network.start()
-                await self._serve(driver, history, ref)
+                await self._serve(driver, history, beginning)
             finally:
                 await network.stop()
                 driver.close()
         if driver.failure is not None:
             raise LocalError(f"the node broke and has stopped: {driver.failure!r}") from driver.failure
 
-    async def _serve(self, driver: Driver, history: History, ref: ModelRef | None) -> None:
+    async def _serve(self, driver: Driver, history: History, beginning: Beginning) -> None:
         self._catch_signals(driver)
         api = self._start_api(driver)
         lateness = asyncio.create_task(self._watch_lateness())
@@ -165,9 +281,9 @@ class Daemon:
                 peer=self._me,
                 task=self._task_name,
                 listening=list(self._addresses),
-                round=ref.round if ref else 0,
+                round=_round_of(beginning),
             )
-            driver.handle(Started(self._addresses, history.peers(), ref))
+            driver.handle(Started(self._addresses, history.peers(), *beginning))
             await driver.halted.wait()
         finally:
             lateness.cancel()
@@ -202,6 +318,7 @@ class Daemon:
             rounds=self._history.rounds,
             metrics=self._metrics,
             stop=self._stop_soon,
+            log=self.log,
         )
         server = ApiServer(app, self._config.api.port)
         server.start()
@@ -247,9 +364,22 @@ class Daemon:
             "bytes_received": self._network.bytes_received,
             "refused": dict(self._telemetry.refused),
             "loop_lateness_ms_max": round(self._lateness_s * 1e3, 1),
+            **({"log": log} if (log := self.log()) else {}),
         }
 
+    def log(self) -> dict[str, Any] | None:
+        """The log of scalars at a glance; None where this node keeps none."""
+        assert self._driver is not None
+        learning = self._driver.core.learning
+        if not isinstance(learning, ScalarLearning) or self._scalars is None:
+            return None
+        from node.replica import describe
+
+        return describe(learning.status(), self._scalars, running=True)
+
     def _metrics(self) -> bytes:
+        if log := self.log():
+            self._telemetry.scalar_log(log)
         self._telemetry.bytes_moved(self._network.bytes_sent, self._network.bytes_received)
         self._telemetry.lateness(self._lateness_s)
         return self._telemetry.render()

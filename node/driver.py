@@ -16,6 +16,7 @@ from typing import TypeVar, assert_never
 from node.compute import WorkOrder, WorkResult
 from node.core import NodeCore
 from node.ports import Clock, Network, NetworkEvent
+from node.scalar_store import ScalarStore
 from node.store import BlobStore, History
 from node.telemetry import Telemetry
 from protocols.errors import LocalError
@@ -25,6 +26,7 @@ from protocols.events import (
     Disconnect,
     Effect,
     Emit,
+    Estimate,
     Evaluate,
     Event,
     Fetch,
@@ -34,9 +36,11 @@ from protocols.events import (
     Halt,
     Keep,
     KeepPeer,
+    KeepScalars,
     Penalise,
     Received,
     Record,
+    Replay,
     RoundDone,
     Send,
     SetTimer,
@@ -73,7 +77,10 @@ class WorkerThread:
 
 
 class Driver:
-    """Runs one core until it halts."""
+    """Runs one core until it halts.
+
+    scalars: where a node that learns by scalars keeps its log.
+    """
 
     def __init__(
         self,
@@ -84,6 +91,7 @@ class Driver:
         history: History,
         telemetry: Telemetry,
         perform: Perform,
+        scalars: ScalarStore | None = None,
     ) -> None:
         self.core = core
         self._clock = clock
@@ -91,6 +99,7 @@ class Driver:
         self._store = store
         self._history = history
         self._telemetry = telemetry
+        self._scalars = scalars
         self._loop = asyncio.get_running_loop()
         self._worker = WorkerThread(perform, self._from_worker)
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="disk")
@@ -147,8 +156,13 @@ class Driver:
                 self._network.send(peer, message)
             case SetTimer(timer, after_s):
                 self._loop.call_later(after_s, self.handle, TimerFired(timer))
-            case Train() | Aggregate() | Evaluate():
+            case Train() | Aggregate() | Evaluate() | Estimate() | Replay():
                 self._worker.submit(effect)
+            case KeepScalars(records, checkpoint, cut):
+                assert self._scalars is not None
+                # Here and now: what a node has signed must be on its disk before anybody hears of it. If the disk
+                # refuses, the node halts rather than contradict itself after a restart.
+                self._scalars.keep(records, checkpoint, cut)
             case Fetch(token, peer, ref):
                 self._fetch_began_at[token] = self._clock.now()
                 # Behind every `Forget` before it: one of this very model may still wait for the disk.

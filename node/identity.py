@@ -15,13 +15,13 @@ from protocols.vocabulary import PeerId
 KEY_FILE = "identity.pem"
 
 # An identity multihash (00, length 36) over the protobuf of an Ed25519 public key (08 01 12 20 + key).
-_PEER_ID_PREFIX = bytes([0x00, 0x24, 0x08, 0x01, 0x12, 0x20])
+PEER_ID_PREFIX = bytes([0x00, 0x24, 0x08, 0x01, 0x12, 0x20])
 
 
 def peer_id_of(key: Ed25519PrivateKey) -> PeerId:
     """The libp2p peer id of a key (libp2p spec, peer-ids: identity multihash for Ed25519)."""
     public = key.public_key().public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw)
-    return PeerId(base58.b58encode(_PEER_ID_PREFIX + public).decode())
+    return PeerId(base58.b58encode(PEER_ID_PREFIX + public).decode())
 
 
 def key_seed(peer: PeerId) -> int:

@@ -1,22 +1,24 @@
 """What a node keeps on disk: blobs that travel, checkpoints that last, known peers and past rounds.
 
-Home layout: `covey.toml identity.pem api.json api.token lock covey.db models/ checkpoints/ rounds.jsonl`.
+Home layout: `covey.toml identity.pem api.json api.token lock covey.db models/ checkpoints/ scratch/ rounds.jsonl`.
 
 A blob enters `models/` only whole and checked. A checkpoint is synced to disk before it gets its name, and
 its name holds its digest, so that after any crash each file is either right or recognised as damaged.
 """
 
+import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import shutil
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import BinaryIO, Self
 
-from protocols.blob import check_chunk, hash_blob, num_chunks
+from protocols.blob import check_chunk, digest_of, num_chunks
 from protocols.errors import LocalError, PeerError
 from protocols.events import RoundDone
 from protocols.vocabulary import CHUNK_BYTES, Digest, ModelRef, PeerRecord, Reason
@@ -119,13 +121,17 @@ class BlobStore:
 
     def save(self, data: bytes, round_: int, num_samples: int) -> ModelRef:
         """Take in a model made here."""
-        digest, hashes = hash_blob(data)
+        return self.save_pieces([data], round_, num_samples)
+
+    def save_pieces(self, pieces: Iterable[bytes | memoryview], round_: int, num_samples: int) -> ModelRef:
+        """The same for a model that comes piece by piece: it goes to the disk as it comes. From one thread at a time."""
+        part = self._models / "new.own"
+        with part.open("wb") as file:
+            digest, size_bytes, hashes = hash_pieces(_written(pieces, file))
         path = self._path(digest)
-        part = path.with_suffix(".own")
-        part.write_bytes(data)
         part.replace(path)
-        self._blobs[digest] = Blob(path, len(data), hashes)
-        return ModelRef(digest, len(data), round_, num_samples)
+        self._blobs[digest] = Blob(path, size_bytes, hashes)
+        return ModelRef(digest, size_bytes, round_, num_samples)
 
     def get(self, digest: bytes) -> Blob | None:
         """The blob, if it is held whole."""
@@ -214,18 +220,44 @@ class BlobStore:
             LocalError: a whole checkpoint is of another model: the task was changed, and its work is not thrown away.
         """
         for path in self._newest_first():
-            try:
-                ref, hashes = verify_checkpoint(path)
-                self._check_own(path)
-            except (PeerError, OSError) as error:
-                warn(f"checkpoint {path.name} is damaged ({error}); falling back to the one before")
-                path.rename(path.with_suffix(".damaged"))
-                continue
-            held = self._path(Digest(ref.digest))
-            shutil.copyfile(path, held)
-            self._blobs[Digest(ref.digest)] = Blob(held, ref.size_bytes, hashes)
-            return ref
+            if (ref := self._take(path, warn)) is not None:
+                return ref
         return None
+
+    def restore_one(self, digest: bytes, warn: Callable[[str], None]) -> bool:
+        """Whether the checkpoint of this digest is whole; it is a held model then. The rest as in `restore`."""
+        found = [path for path in self._newest_first() if digest.hex() in path.name]
+        return any(self._take(path, warn) is not None for path in found)
+
+    def set_aside(self, known: Collection[bytes], warn: Callable[[str], None]) -> None:
+        """Put checkpoints out of the way that nothing refers to, or they would count among the newest.
+
+        Raises:
+            LocalError: one is of another model.
+        """
+        for path in self._newest_first():
+            if not any(digest.hex() in path.name for digest in known):
+                self._check_own_if_whole(path)
+                warn(f"checkpoint {path.name} belongs to no log; it is set aside")
+                path.rename(path.with_suffix(".unused"))
+
+    def _take(self, path: Path, warn: Callable[[str], None]) -> ModelRef | None:
+        """Hold a checkpoint if it is whole; else it is warned of and set aside."""
+        try:
+            ref, hashes = verify_checkpoint(path)
+            self._check_own(path)
+        except (PeerError, OSError) as error:
+            warn(f"checkpoint {path.name} is damaged ({error}); falling back to the one before")
+            path.rename(path.with_suffix(".damaged"))
+            return None
+        held = self._path(Digest(ref.digest))
+        shutil.copyfile(path, held)
+        self._blobs[Digest(ref.digest)] = Blob(held, ref.size_bytes, hashes)
+        return ref
+
+    def _check_own_if_whole(self, path: Path) -> None:
+        with contextlib.suppress(PeerError, OSError):
+            self._check_own(path)
 
     def _check_own(self, path: Path) -> None:
         try:
@@ -271,11 +303,37 @@ def verify_checkpoint(path: Path) -> tuple[ModelRef, tuple[bytes, ...]]:
         PeerError: its bytes are not what its name says.
     """
     round_, num_samples, digest = parse_checkpoint_name(path)
-    data = path.read_bytes()
-    found, hashes = hash_blob(data)
+    with path.open("rb") as file:
+        found, size_bytes, hashes = hash_pieces(iter(lambda: file.read(CHUNK_BYTES), b""))
     if found != digest:
         raise PeerError(Reason.WRONG_HASH, "its bytes do not match its name")
-    return ModelRef(digest, len(data), round_, num_samples), hashes
+    return ModelRef(digest, size_bytes, round_, num_samples), hashes
+
+
+def hash_pieces(pieces: Iterable[bytes | memoryview]) -> tuple[Digest, int, tuple[bytes, ...]]:
+    """A blob's digest, its size in bytes and its chunks' hashes, from pieces of any lengths."""
+    hashes: list[bytes] = []
+    chunk, in_chunk, size_bytes = hashlib.sha256(), 0, 0
+    for piece in pieces:
+        view = memoryview(piece)
+        while len(view):
+            part = view[: CHUNK_BYTES - in_chunk]
+            chunk.update(part)
+            view = view[len(part) :]
+            in_chunk += len(part)
+            size_bytes += len(part)
+            if in_chunk == CHUNK_BYTES:
+                hashes.append(chunk.digest())
+                chunk, in_chunk = hashlib.sha256(), 0
+    if in_chunk:
+        hashes.append(chunk.digest())
+    return digest_of(size_bytes, hashes), size_bytes, tuple(hashes)
+
+
+def _written(pieces: Iterable[bytes | memoryview], file: BinaryIO) -> Iterator[bytes | memoryview]:
+    for piece in pieces:
+        file.write(piece)
+        yield piece
 
 
 def _sync(path: Path) -> None:

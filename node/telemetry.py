@@ -5,6 +5,7 @@ No label ever holds a peer id: a network of thousands would make thousands of se
 
 import logging
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, assert_never
 
@@ -74,6 +75,18 @@ class Telemetry:
         )
         self._sent = gauge("bytes_sent", "Bytes written to link and fetch streams")
         self._received = gauge("bytes_received", "Bytes read from link and fetch streams")
+        self._log_rounds = Gauge(
+            "covey_log_round",
+            "Where the log of scalars stands: its newest round, the last that is sealed, the last that is cut",
+            ["what"],
+            registry=self.registry,
+        )
+        self._log_records = Gauge(
+            "covey_log_records",
+            "Records of scalars: held now, on the disk, and by what became of those that came",
+            ["what"],
+            registry=self.registry,
+        )
         self._lateness = gauge("loop_lateness_seconds_max", "Worst lateness of the event loop so far")
 
     def record(self, record: Record, at_s: float) -> None:
@@ -155,6 +168,18 @@ class Telemetry:
         """Totals so far."""
         self._sent.set(sent)
         self._received.set(received)
+
+    def scalar_log(self, log: Mapping[str, Any]) -> None:
+        """The log of scalars, as the API tells it."""
+        sealed = log["sealed"]["round"] if log["sealed"] else 0
+        for what, number in (("newest", log["round"]), ("sealed", sealed), ("cut", log["cut"])):
+            self._log_rounds.labels(what).set(number)
+        for what, number in (
+            ("held", log["records"]),
+            ("on_disk", log["on_disk"]["records"]),
+            *log["counts"].items(),
+        ):
+            self._log_records.labels(what).set(number)
 
     def lateness(self, seconds: float) -> None:
         """The worst lateness of the loop so far."""

@@ -119,6 +119,11 @@ def evaluate(task: Task, params: Params, *, model: nn.Module | None = None) -> d
     """
     module = build_model(task) if model is None else model
     module.load_state_dict(params)
+    return evaluate_module(task, module)
+
+
+def evaluate_module(task: Task, module: nn.Module) -> dict[str, float]:
+    """`evaluate` of a module as it is, without a copy of its parameters. It is left in evaluation mode."""
     module.eval()
     inputs, targets = task.test
     with torch.inference_mode():

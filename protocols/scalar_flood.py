@@ -107,12 +107,11 @@ class Flood:
         fellow, log = self.fellows[peer], self._log
         out: list[Output] = []
         taken: list[ScalarRecord] = []
-        furthest = 0
         for record in records:
             where = "late" if record.round <= log.sealed else "future" if record.round > horizon else ""
             if where:
+                # An honest neighbour may be far ahead of a slow node: counted, not punished, and repaired later.
                 self.counts[where] += 1
-                furthest = max(furthest, record.round)
                 if not self._votes.is_news(record):
                     continue
             elif log.holds(record):
@@ -134,9 +133,6 @@ class Flood:
             self._votes.hear(now, record)
             if not where:
                 out += self._put(record, taken)
-        if furthest > horizon:
-            # An honest neighbour may be far ahead of a slow node: counted, not punished, and repaired later.
-            out.append(Penalise(peer, Reason.FUTURE, f"round {furthest}, taken up to {horizon}"))
         return out, taken
 
     def _problem(self, record: ScalarRecord) -> tuple[Reason, str] | None:

@@ -61,6 +61,10 @@ class Votes:
         voice = self._voices.get(author)
         return (voice.round, voice.built_on) if voice else None
 
+    def num_heard(self, since: float) -> int:
+        """Authors heard of since then, this node among them."""
+        return sum(voice.at >= since for voice in self._voices.values())
+
     def num_on(self, state: StateId) -> int:
         """Authors that stood on this state when last heard."""
         return sum(voice.built_on == state for voice in self._voices.values())

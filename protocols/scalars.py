@@ -56,7 +56,7 @@ from protocols.scalar_terms import (
 )
 from protocols.scalar_votes import Votes, agreed, lower_median
 from protocols.view import View
-from protocols.vocabulary import MAX_ROUND, Checkpoint, ModelRef, PeerId, ScalarRecord, state_id
+from protocols.vocabulary import MAX_ROUND, Checkpoint, ModelRef, PeerId, Reason, ScalarRecord, state_id
 
 MAX_AHEAD = 16
 """Rounds beyond the others' median from which records are taken."""
@@ -166,6 +166,7 @@ class ScalarLearning(Machine):
         """Whether it began with what it had kept."""
         self._repairs = 0
         self._round_began_at = 0.0
+        self._last_round_began_at = 0.0
         self.phase = _SYNCING
         self.round = 0
         exchange.open = False  # models are fetched for the asking, never offered
@@ -269,12 +270,14 @@ class ScalarLearning(Machine):
             return self._propose(now, round_)
         if self._stale or self._head_round != self.round:
             return self._replay(now)
+        if self._finished() and not self._is_settled(now):
+            return self._settle(now)
         if self._to_evaluate:
             self.phase = _EVALUATING
             return self._order(Evaluate(self._new_phase(), self._head))
         out = self._end_round(now, {})
         if self._finished():
-            return [*out, *self._settle(now)]
+            return [*out, *self._stop_learning()]
         rest = self._settings.pause_s - (now - self._round_began_at) if self.phase is not _SYNCING else 0.0
         if rest > 0 and self.phase is not _PAUSING:
             self.phase = _PAUSING
@@ -288,7 +291,7 @@ class ScalarLearning(Machine):
         if where > self.round:
             self._set_round(where)
             return self._go_on(now)
-        self._round_began_at = now
+        self._last_round_began_at, self._round_began_at = self._round_began_at, now
         if max(self._log.newest_of(self._signatures.author), self._silent_until) > self.round:
             return self._collect(now)  # it has spoken in this round before, or may have
         self.phase, self._measuring = _ESTIMATING, self.round + 1
@@ -342,11 +345,12 @@ class ScalarLearning(Machine):
         return self._working and token == self._phase_token
 
     def _collect(self, now: float) -> list[Output]:
-        """Whoever spoke in the last round is awaited in this one; after a round of silence, every neighbour."""
+        """Whoever spoke since the last round began is awaited in this one, be it of an older round; after a round of silence,
+        every neighbour."""
         self.phase = _COLLECTING
-        last = self.round
-        expected = len(self._log.authors(last)) if self._log.count(last, last) else 0
-        self._expected = expected or 1 + len(self._view.live_learners())
+        since = min(self._last_round_began_at, now - self._settings.deadline_s)
+        self._expected = self._votes.num_heard(since) if self._log.count(self.round, self.round) else 0
+        self._expected = self._expected or 1 + len(self._view.live_learners())
         deadline = self._phase_timer("deadline", self._settings.deadline_s)
         return self._collected(now) or [deadline]
 
@@ -453,23 +457,33 @@ class ScalarLearning(Machine):
         return 0 < self._settings.rounds <= self.round
 
     # --- the end ----------------------------------------------------------------------------------------
-    def _settle(self, now: float) -> list[Output]:
-        """The own rounds are over. The last ones are sealed with the neighbours before learning is said to be done."""
-        assert self._sealed is not None
+    def _is_settled(self, now: float) -> bool:
+        """Whether the last rounds are sealed, and most say so; or that took too long."""
         if self._done:
-            self.phase = _DONE
-            return []
+            return True
+        if self._settled_at is None:
+            return False
+        late = now - self._settled_at > MAX_SETTLING * self._settings.deadline_s
+        return late or self._most_have_closed()
+
+    def _settle(self, now: float) -> list[Output]:
+        """The own rounds are over. The last ones are sealed with the others before the result is measured."""
         if self._settled_at is None:
             self._settled_at = now
             self._num_last = self._log.count(self.round, self.round) if self.round > self._log.cut else 0
         out = self._close(now)
-        late = now - self._settled_at > MAX_SETTLING * self._settings.deadline_s
-        if late or self._most_have_closed():
-            self.phase, self._done = _DONE, True
-            self._view.active = False
-            return [*out, Emit(LearningDone(round=self.round)), *self._view.heartbeat()]
+        if self._is_settled(now):
+            return out + self._go_on(now)
         self.phase = _SETTLING
         return [*out, self._phase_timer("settle", self._settings.deadline_s)]
+
+    def _stop_learning(self) -> list[Output]:
+        self.phase = _DONE
+        if self._done:
+            return []
+        self._done = True
+        self._view.active = False
+        return [Emit(LearningDone(round=self.round)), *self._view.heartbeat()]
 
     def _close(self, now: float) -> list[Output]:
         """After the last round, say with a record without scalars on what this node stands; where nothing gets settled,
@@ -571,6 +585,8 @@ class ScalarLearning(Machine):
             out += self._seal(proposed)
         last_round = self._settings.rounds if self._finished() else None
         found = self._votes.better(now, self._sealed, marks, last_round)
+        if found is None or found[0] != self._adopting:
+            self._adopting = None  # what was better a while ago need not be any more
         if found is None:
             self._apart_since, self._asked_for = None, 0
             return out
@@ -646,6 +662,10 @@ class ScalarLearning(Machine):
         assert isinstance(marks, Marks)
         if fellow is None:
             return []
+        if any(each is not None and each.ref.round != each.round for each in (marks.sealed, marks.proposed)):
+            return self._flood.strike(
+                event.peer, Reason.MALFORMED, "a checkpoint of another round than its file's"
+            )
         first = fellow.marks is None
         fellow.marks, fellow.round = marks, marks.round
         out = self._consider(now)

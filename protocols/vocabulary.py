@@ -88,7 +88,6 @@ class Reason(StrEnum):
     FORGED = "forged"
     STRANGER = "stranger"  # a record of an author that the terms do not admit
     EQUIVOCATION = "equivocation"
-    FUTURE = "future"
     FLOOD = "flood"
     # no one's fault
     BUSY = "busy"

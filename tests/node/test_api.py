@@ -27,6 +27,7 @@ class Server:
         self.home = home
         self.asked: list[int] = []
         self.stops = 0
+        self.log: dict[str, Any] | None = {"round": 3, "authors": {"12D3KooWA": 3}}
         self.status: dict[str, Any] = {"round": 3, "metrics": {"accuracy": 0.5}}
         app = make_app(
             token=TOKEN,
@@ -35,6 +36,7 @@ class Server:
             rounds=self._rounds,
             metrics=lambda: b"covey_round 3.0\n",
             stop=self._stop,
+            log=lambda: self.log,
         )
         self.server = ApiServer(app, 0)
         (home / API_FILE).write_text(json.dumps({"port": self.server.port, "pid": 1}))
@@ -138,6 +140,17 @@ async def test_rounds_take_a_number_within_bounds(api: Server) -> None:
         assert (await api.request(f"/rounds?last={last}"))[0] == 200
     assert api.asked == [100, 7, 1, 1, 100_000]
     assert await api.request("/rounds?last=many") == (400, {"error": "last: a whole number"})
+
+
+async def test_the_log_is_told_where_there_is_one(api: Server) -> None:
+    assert await api.request("/log") == (200, api.log)
+    api.log = None
+    assert await api.request("/log") == (
+        404,
+        {"error": "this node does not learn by scalars and keeps no log"},
+    )
+    with pytest.raises(LocalError, match=r"refused: .*does not learn by scalars"):
+        await api.call("/log")
 
 
 async def test_metrics_are_prometheus_text(api: Server) -> None:

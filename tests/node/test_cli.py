@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -20,6 +21,8 @@ from node.identity import create_key, load_key, peer_id_of
 from node.store import BlobStore, HomeLock, newest_checkpoints
 from protocols.errors import LocalError
 from protocols.vocabulary import ModelRef
+from tests.node.scalar_home import PEERS as PEERS_OF_HOMES
+from tests.node.scalar_home import Home, configure
 
 ADDRESS = "/ip4/10.0.0.1/tcp/4001/p2p/12D3KooWAbc"
 
@@ -92,6 +95,8 @@ def test_the_commands_are_the_ones_the_readme_promises() -> None:
         ("run",),
         ("status",),
         ("peers",),
+        ("log",),
+        ("verify",),
         ("stop",),
         ("export",),
         ("config", "check"),
@@ -122,7 +127,17 @@ def test_the_help_of_every_command_tells_each_of_its_options(covey: Covey, path:
 
 
 @pytest.mark.parametrize(
-    "path", [("status",), ("peers",), ("config", "check"), ("config", "show"), ("export",), ("doctor",)]
+    "path",
+    [
+        ("status",),
+        ("peers",),
+        ("log",),
+        ("verify",),
+        ("config", "check"),
+        ("config", "show"),
+        ("export",),
+        ("doctor",),
+    ],
 )
 def test_every_command_that_reads_can_answer_in_json(covey: Covey, path: tuple[str, ...]) -> None:
     assert "--json" in covey(*path, "--help").out
@@ -196,6 +211,9 @@ def test_init_keeps_a_key_that_is_there(covey: Covey, tmp_path: Path) -> None:
         ("--listen", "4001", "network.listen[0]"),
         ("--protocol", "federated", "learning.protocol"),
         ("--network", "", "network.name"),
+        ("--set", "scalars.samples=0", "scalars.samples"),
+        ("--set", "samples=0", "--set"),
+        ("--option", "=0", "--option"),
     ],
 )
 def test_init_refuses_what_would_not_run_and_leaves_no_files(
@@ -356,6 +374,20 @@ STATUS: dict[str, Any] = {
     "bytes_received": 2_500_000_000,
     "refused": {"schema": 2},
 }
+LOG: dict[str, Any] = {
+    "running": True,
+    "round": 31,
+    "log": "ab" * 32,
+    "records": 12,
+    "void": 1,
+    "cut": 20,
+    "sealed": {"round": 28, "records": 60, "log": "cd" * 32, "digest": "ef" * 32},
+    "proposed": {"round": 30, "records": 70, "log": "cd" * 32, "digest": "01" * 32},
+    "authors": {"12D3KooWA": 31, "12D3KooWB": 29},
+    "missing": [[29, 29], [31, 32]],
+    "counts": {"new": 40},
+    "on_disk": {"records": 75, "cut": 4},
+}
 PEERS: list[dict[str, Any]] = [
     {
         "peer": "12D3KooWb[red]",
@@ -385,7 +417,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
 
     def call(home: Path, path: str, method: str = "GET") -> object:
         asked.append((method, path))
-        return {"/status": STATUS, "/peers": PEERS}.get(path, {})
+        return {"/status": STATUS, "/peers": PEERS, "/log": LOG}.get(path, {})
 
     monkeypatch.setattr(api, "call", call)
     return asked
@@ -416,6 +448,153 @@ def test_peers_lists_the_live_ones_first_and_takes_no_markup_from_strangers(
     assert lines[1].strip() == " ".join(PEERS[1]["addresses"]), "whole, to be copied"
     assert lines[2] == "12D3KooWb[red] backing off, round 0, 3 failures, last: refused by peer [bold]"
     assert lines[3].strip() == "/ip4/[blink]/tcp/1/p2p/12D3KooWb[red]"
+
+
+def test_status_of_a_node_that_learns_by_scalars_tells_of_its_log(
+    covey: Covey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status = {**STATUS, "learning": "scalars", "log": LOG}
+    monkeypatch.setattr(api, "call", lambda *args: status)
+    shown = covey("status").out
+    assert "merged 3 authors' scalars last" in shown
+    assert f"log      75 records, sealed up to round 28, digest {'ab' * 8}" in shown
+
+
+def test_log_of_a_running_node_comes_from_the_daemon(
+    covey: Covey, home: Path, answers: list[tuple[str, str]]
+) -> None:
+    (home / api.API_FILE).write_text("{}")
+    assert covey("log", "--home", home, "--json").json == LOG
+    assert answers == [("GET", "/log")]
+    shown = covey("log", "--home", home).out
+    for text in (
+        "round     31\n",
+        f"digest    {'ab' * 32}",
+        "records   12 in memory, 75 on the disk, from after round 4; what was before is gone",
+        "void      1: their authors contradicted themselves",
+        f"sealed    round 28, 60 records, state {'ef' * 32}",
+        f"proposed  round 30, 70 records, state {'01' * 32}",
+        "missing   29, 31 to 32",
+        "author    12D3KooWB up to round 29",
+    ):
+        assert text in shown
+
+
+def test_log_of_a_daemon_that_learns_otherwise_says_so(
+    covey: Covey, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object) -> None:
+        raise LocalError("the daemon of x refused: this node does not learn by scalars")
+
+    monkeypatch.setattr(api, "call", refuse)
+    (home / api.API_FILE).write_text("{}")
+    outcome = covey("log", "--home", home)
+    assert outcome.code == 1
+    assert "does not learn by scalars" in outcome.err
+
+
+@pytest.fixture(scope="module")
+def logged(tmp_path_factory: pytest.TempPathFactory) -> Home:
+    return Home(tmp_path_factory.mktemp("logged") / "home")
+
+
+def test_log_of_a_stopped_node_comes_from_its_disk(covey: Covey, logged: Home) -> None:
+    data = covey("log", "--home", logged.home, "--json").json
+    assert (data["running"], data["round"], data["sealed"]["round"]) == (False, 10, 8)
+    (logged.home / api.API_FILE).write_text('{"port": 1, "pid": 1}')  # left behind by a crash
+    (logged.home / api.TOKEN_FILE).write_text("x")
+    shown = covey("log", "--home", logged.home).out
+    assert "round     10 (not running)" in shown
+    assert "records   20 on the disk" in shown
+
+
+@pytest.mark.parametrize("command", ["log", "verify"])
+def test_without_a_log_the_commands_on_it_say_so(covey: Covey, home: Path, command: str) -> None:
+    more = ["--protocol", "scalars"] if command == "verify" else []
+    outcome = covey(command, "--home", home, *more)
+    assert (outcome.code, outcome.out) == (1, "")
+    assert "no log of scalars" in outcome.err
+
+
+def test_verify_tells_that_all_is_well(covey: Covey, logged: Home) -> None:
+    outcome = covey("verify", "--home", logged.home)
+    assert outcome.code == 0, outcome.err
+    assert (
+        "20 records checked, replayed from the base model up to round 10; 2 checkpoints compared"
+        in outcome.out
+    )
+    assert f"log     {logged.log.chain(10).hex()}\nstate   " in outcome.out
+    data = covey("verify", "--home", logged.home, "--json").json
+    assert (data["ok"], data["problem"], data["differs_at"]) == (True, "", None)
+
+
+def test_verify_fails_with_the_round_that_differs(covey: Covey, tmp_path: Path, logged: Home) -> None:
+    shutil.copytree(logged.home, tmp_path / "home")
+    newest = newest_checkpoints(tmp_path / "home")[0]
+    newest.write_bytes(newest.read_bytes()[:-1] + b"x")
+    outcome = covey("verify", "--home", tmp_path / "home")
+    assert outcome.code == 1
+    assert "covey: round 8: " in outcome.err
+    assert covey("verify", "--home", tmp_path / "home", "--json").json["differs_at"] == 8
+
+
+def test_verify_says_where_a_cut_log_begins(covey: Covey, tmp_path: Path) -> None:
+    home = Home(tmp_path / "home", configure(keep_log=False))
+    outcome = covey("verify", "--home", home.home)
+    assert outcome.code == 0
+    assert "from the checkpoint of round 4, since the log before it was cut" in outcome.out
+
+
+def test_verify_takes_the_settings_of_the_run(covey: Covey, logged: Home) -> None:
+    outcome = covey("verify", "--home", logged.home, "--set", "scalars.learning_rate=0.5")
+    assert outcome.code == 1
+    assert "scalars.learning_rate 0.001 met 0.5" in outcome.err
+    assert covey("verify", "--home", logged.home, "--protocol", "gossip").code == 2
+
+
+# --- settings on the command line -----------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("words", "path"),
+    [
+        (["--protocol", "fed"], "learning.protocol"),
+        (["--set", "scalars.samples=0"], "scalars.samples"),
+        (["--set", "scalars.pol=0"], "scalars.pol"),
+        (["--set", "scalars"], "--set"),
+        (["--option", "model"], "--option"),
+        (["--task", "nonsense"], "task.name"),
+        (["--option", "hiden=[3]"], "task.options.hiden"),
+        (["--protocol", "scalars", "--option", "hiden=[3]"], "task.options.hiden"),
+        (["--task", "hf-classifier", "--protocol", "scalars"], "task.options.model"),
+        (["--protocol", "scalars", "--set", f"scalars.members=['{PEERS_OF_HOMES[0]}']"], "scalars.members"),
+    ],
+)
+def test_run_refuses_wrong_settings_as_it_refuses_a_wrong_file(
+    covey: Covey, home: Path, words: list[str], path: str
+) -> None:
+    before = (home / "covey.toml").read_text()
+    outcome = covey("run", "--home", home, *words)
+    assert (outcome.code, outcome.out) == (2, "")
+    assert f"covey: {path}: " in outcome.err
+    assert (home / "covey.toml").read_text() == before
+
+
+def test_init_writes_what_it_is_told_into_the_file(covey: Covey, tmp_path: Path) -> None:
+    words = [
+        "--task",
+        "hf-classifier",
+        "--protocol",
+        "scalars",
+        "--option",
+        "model=gpt2",
+        "--option",
+        "path=x.tsv",
+    ]
+    more = ["--set", "scalars.samples=4", "--set", "network.target_degree=3"]
+    assert covey("init", "--home", tmp_path, *words, *more).code == 0
+    config = load_config(tmp_path, {})
+    assert (config.task.name, config.task.options) == ("hf-classifier", {"model": "gpt2", "path": "x.tsv"})
+    assert (config.learning.protocol, config.scalars.samples) == ("scalars", 4)
+    assert config.network.target_degree == 3
 
 
 def test_stop_posts(covey: Covey, answers: list[tuple[str, str]]) -> None:

@@ -14,16 +14,21 @@ from node.cli import app
 from node.config import (
     CONFIG_FILE,
     Config,
+    Setting,
     TrainingConfig,
     convert_config,
     load_config,
     parse_config,
+    parse_setting,
     to_toml,
     toml_value,
 )
+from node.first_config import first_config
+from node.signatures import peer_of_author
 from protocols.errors import ConfigError
 from protocols.vocabulary import SchemaHash
 
+MEMBER = peer_of_author(bytes(range(32)))
 ADDRESS = "/ip4/10.0.0.1/tcp/4001/p2p/12D3KooWAbc"
 
 
@@ -41,7 +46,7 @@ def refused(text: str, **environ: str) -> ConfigError:
             "netwrok = 1",
             "netwrok",
             "no such setting",
-            "api, exchange, learning, log, network, task, training",
+            "api, exchange, learning, log, network, scalars, task, training",
         ),
         (
             "[log]\ncolour = true",
@@ -75,7 +80,23 @@ def refused(text: str, **environ: str) -> ConfigError:
         ("[learning]\nquorum = 1.5", "learning.quorum", "expected `float` <= 1.0", ""),
         ("[api]\nport = 70000", "api.port", "expected `int` <= 65535", ""),
         ("[log]\nlevel = 'loud'", "log.level", "'loud' is not one", "debug, info, warning, error"),
-        ("[learning]\nprotocol = 'fed'", "learning.protocol", "'fed' is not one", "gossip, none"),
+        ("[learning]\nprotocol = 'fed'", "learning.protocol", "'fed' is not one", "gossip, scalars, none"),
+        ("[scalars]\nsample = 3", "scalars.sample", "no such setting", "samples"),
+        ("[scalars]\nsamples = 0", "scalars.samples", "expected `int` >= 1", ""),
+        ("[scalars]\nsamples = 256", "scalars.samples", "expected `int` <= 255", ""),
+        ("[scalars]\nlearning_rate = 0", "scalars.learning_rate", "expected `float` > 0.0", ""),
+        ("[scalars]\ndirection = 'x'", "scalars.direction", "'x' is not one", "rademacher, gaussian"),
+        ("[scalars]\nprivate_clip = 0", "scalars.private_clip", "expected `float` > 0.0", ""),
+        ("[scalars]\nschedule = 'linear'", "scalars", "schedule 'linear' falls to 0 over rounds", ""),
+        ("[scalars]\npool = 9\nweight_decay = 0.1", "scalars", "weight_decay cannot go with a pool", ""),
+        ("[scalars]\nprivate_noise = 1", "scalars", "private_noise is in units of private_clip", ""),
+        (
+            f"[scalars]\nmembers = ['{MEMBER}', '12D3KooWAbc']",
+            "scalars.members[1]",
+            "'12D3KooWAbc' is not the peer id of an Ed25519 key",
+            "a peer id, as printed by `covey init`",
+        ),
+        ("[scalars]\nmembers = ['0OIl']", "scalars.members[0]", "'0OIl' is no peer id", "a peer id"),
         (
             "[task.shard]\nindex = 0\ncount = 2\npartitioner = 'x'",
             "task.shard.partitioner",
@@ -288,7 +309,7 @@ def test_a_written_config_shows_every_default() -> None:
     assert set(shown["training"]) == set(TrainingConfig.__struct_fields__)
 
 
-@pytest.mark.parametrize("protocol", ["gossip", "none"])
+@pytest.mark.parametrize("protocol", ["gossip", "scalars", "none"])
 def test_what_init_writes_loads(tmp_path: Path, protocol: str) -> None:
     arguments = ["--home", str(tmp_path), "--bootstrap", ADDRESS, "--protocol", protocol]
     result = CliRunner().invoke(app, ["init", *arguments, "--network", 'a "quoted" name'])
@@ -296,7 +317,8 @@ def test_what_init_writes_loads(tmp_path: Path, protocol: str) -> None:
     config = load_config(tmp_path, {})
     assert config.network.bootstrap == (ADDRESS,)
     assert config.network.name == 'a "quoted" name'
-    assert config.learns == (protocol == "gossip")
+    assert config.learning.protocol == protocol
+    assert config.learns == (protocol != "none")
 
 
 def test_the_core_is_told_what_the_config_says() -> None:
@@ -304,3 +326,95 @@ def test_the_core_is_told_what_the_config_says() -> None:
     core = config.core_settings("digits", SchemaHash(bytes(32)), 1000)
     assert (core.network, core.task, core.max_model_bytes) == ("net", "digits", 1000)
     assert (core.gossip.rounds, core.exchange.retry_s, core.learning) == (5, 2.0, "gossip")
+
+
+def test_the_core_of_a_node_that_learns_by_scalars_is_told_of_them() -> None:
+    config = parse_config(
+        f"[scalars]\nsamples = 3\nmembers = ['{MEMBER}']\n[learning]\nprotocol = 'scalars'", {}
+    )
+    core = config.core_settings("digits", SchemaHash(bytes(32)), 1000, b"b" * 32)
+    assert (core.learning, core.scalars.samples, core.base) == ("scalars", 3, b"b" * 32)
+    assert core.members == config.members == {bytes(range(32))}
+
+
+# --- the command line on top ----------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("text", "path", "value"),
+    [
+        ("network.target_degree=4", ("network", "target_degree"), 4),
+        ("network.name=my net", ("network", "name"), "my net"),
+        ("network.name='4'", ("network", "name"), "4"),
+        ("network.static=true", ("network", "static"), True),
+        ("scalars.epsilon=0.01", ("scalars", "epsilon"), 0.01),
+        ("task.shard.index=1", ("task", "shard", "index"), 1),
+        ("network.bootstrap=['a', 'b']", ("network", "bootstrap"), ["a", "b"]),
+        ("task.shard={index=0, count=2}", ("task", "shard"), {"index": 0, "count": 2}),
+        ("network.name=", ("network", "name"), ""),
+        ("network.name=a=b", ("network", "name"), "a=b"),
+        ("network.name=2020-01-01", ("network", "name"), "2020-01-01"),
+    ],
+)
+def test_a_setting_is_a_name_and_a_value_in_toml_or_text(
+    text: str, path: tuple[str, ...], value: object
+) -> None:
+    assert parse_setting(text) == Setting(path, value)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "network", "network=1", "network.", ".name=1", "network..name=1", "=1", "a.b"]
+)
+def test_a_setting_without_a_name_or_value_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_setting(text)
+    assert (caught.value.path, caught.value.allowed) == ("--set", "<table>.<name>=<value>")
+
+
+def test_settings_go_on_top_of_the_environment_and_in_their_order() -> None:
+    told = [parse_setting(text) for text in ("network.name=c", "network.name=d", "task.options.hidden=[8]")]
+    environ = {"COVEY_NETWORK__NAME": "b"}
+    config = parse_config("[network]\nname = 'a'", environ, "covey.toml", told)
+    assert config.network.name == "d"
+    assert config.task.options == {"hidden": [8]}
+
+
+@pytest.mark.parametrize(
+    ("text", "path"),
+    [
+        ("scalars.sample=4", "scalars.sample"),
+        ("scalars.samples=many", "scalars.samples"),
+        ("colour.of=4", "colour"),
+        ("network.name.first=x", "network.name.first"),
+    ],
+)
+def test_a_mistake_in_a_setting_is_told_like_one_in_the_file(text: str, path: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_config("[network]\nname = 'a'", {}, "covey.toml", [parse_setting(text)])
+    assert caught.value.path == path
+
+
+def test_another_task_leaves_the_options_of_the_files_behind() -> None:
+    text = "[task]\nname = 'digits'\noptions = {hidden = [8]}"
+    own = [Setting(("task", "name"), "csv"), Setting(("task", "options", "path"), "x.csv")]
+    assert parse_config(text, {}, "covey.toml", own).task.options == {"path": "x.csv"}
+    same = [Setting(("task", "name"), "digits")]
+    assert parse_config(text, {}, "covey.toml", same).task.options == {"hidden": [8]}
+    default = "[task]\noptions = {hidden = [8]}"
+    assert parse_config(default, {}, "covey.toml", own[:1]).task.options == {}
+
+
+@pytest.mark.parametrize("protocol", ["gossip", "scalars", "none"])
+def test_the_first_config_has_what_the_command_line_set(protocol: str) -> None:
+    told = [
+        Setting(("learning", "protocol"), protocol),
+        Setting(("task", "options", 'an odd "name"'), [1, {"a": "b"}]),
+        Setting(("task", "shard", "index"), 1),
+        Setting(("task", "shard", "count"), 2),
+        Setting(("scalars", "samples"), 4),
+        Setting(("api", "enabled"), False),
+        Setting(("network", "listen"), ["/ip4/0.0.0.0/tcp/1"]),
+    ]
+    config = parse_config(first_config(protocol, told), {})
+    assert config.learning.protocol == protocol
+    assert config.task.options == {'an odd "name"': [1, {"a": "b"}]}
+    assert config.task.shard is not None
+    assert (config.task.shard.count, config.scalars.samples, config.api.enabled) == (2, 4, False)

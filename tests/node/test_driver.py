@@ -18,6 +18,8 @@ from protocols.events import (
     Disconnect,
     Effect,
     Emit,
+    Estimate,
+    Estimated,
     Evaluate,
     Evaluated,
     Event,
@@ -29,10 +31,13 @@ from protocols.events import (
     Input,
     Keep,
     KeepPeer,
+    KeepScalars,
     LearningDone,
     LinkUp,
     Penalise,
     Received,
+    Replay,
+    Replayed,
     RoundDone,
     Send,
     SetTimer,
@@ -45,7 +50,16 @@ from protocols.events import (
     WorkFailed,
 )
 from protocols.messages import Bye, Heartbeat
-from protocols.vocabulary import ModelRef, PeerId, PeerRecord, Reason
+from protocols.vocabulary import (
+    SIGNATURE_BYTES,
+    STATE_ID_BYTES,
+    Checkpoint,
+    ModelRef,
+    PeerId,
+    PeerRecord,
+    Reason,
+    ScalarRecord,
+)
 
 A = PeerId("a")
 REF = ModelRef(b"r" * 32, 100, 3, 10)
@@ -106,7 +120,7 @@ class Shell:
 
     def __init__(self, perform: Callable[[WorkOrder], WorkResult]) -> None:
         self.core, self.clock = ScriptedCore(), FakeClock()
-        self.network, self.store, self.history, self.telemetry = (Recorder() for _ in range(4))
+        self.network, self.store, self.history, self.telemetry, self.scalars = (Recorder() for _ in range(5))
         self.driver = Driver(
             self.core,  # type: ignore[arg-type]
             self.clock,
@@ -115,6 +129,7 @@ class Shell:
             self.history,  # type: ignore[arg-type]
             self.telemetry,  # type: ignore[arg-type]
             perform,
+            self.scalars,  # type: ignore[arg-type]
         )
         self.driver.attach(self.network)  # type: ignore[arg-type]
 
@@ -126,7 +141,7 @@ class Shell:
 
     def calls(self) -> dict[str, list[tuple[Any, ...]]]:
         parts = {"network": self.network, "store": self.store, "history": self.history}
-        parts["telemetry"] = self.telemetry
+        parts |= {"telemetry": self.telemetry, "scalars": self.scalars}
         return {name: part.calls for name, part in parts.items() if part.calls}
 
 
@@ -145,6 +160,10 @@ def answer(order: WorkOrder) -> WorkResult:
             return Aggregated(token, REF)
         case Evaluate(token):
             return Evaluated(token, {"accuracy": 0.5})
+        case Estimate(token, _, _, count):
+            return Estimated(token, bytes(count))
+        case Replay(token):
+            return Replayed(token, REF)
 
 
 @pytest.fixture
@@ -155,6 +174,8 @@ async def shell() -> AsyncIterator[Shell]:
 
 
 ROUND = RoundDone(3, 2, 0, {"accuracy": 0.5}, 1.0)
+SAID = ScalarRecord(b"a" * 32, 3, b"\x40", bytes(STATE_ID_BYTES), bytes(SIGNATURE_BYTES))
+SEALED = Checkpoint(3, b"l" * 32, 1, REF)
 PEER = PeerRecord(A, ("/ip4/1.1.1.1/tcp/1/p2p/a",))
 
 
@@ -175,6 +196,8 @@ PEER = PeerRecord(A, ("/ip4/1.1.1.1/tcp/1/p2p/a",))
         (Emit(ROUND), {"telemetry": [("record", ROUND, WALL)], "history": [("add_round", ROUND, WALL)]}),
         (Penalise(A, Reason.TASK, "why"), {"telemetry": [("refusal", A, Reason.TASK, "why")]}),
         (KeepPeer(PEER), {"history": [("remember", PEER, WALL)]}),
+        (KeepScalars((SAID,)), {"scalars": [("keep", (SAID,), None, 0)]}),
+        (KeepScalars((), SEALED, 2), {"scalars": [("keep", (), SEALED, 2)]}),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Effect) else "",
 )
@@ -221,6 +244,28 @@ async def test_results_of_work_come_back_in_order_with_their_tokens(shell: Shell
     shell.perform(Train(1, REF, 3), Aggregate(2, REF, (Input(A, REF, 0),)), Evaluate(3, REF))
     await shell.core.until(lambda: len(shell.core.heard) == 4)
     assert shell.core.events[1:] == [Trained(1, REF), Aggregated(2, REF), Evaluated(3, {"accuracy": 0.5})]
+
+
+async def test_scalars_are_measured_and_replayed_by_the_worker(shell: Shell) -> None:
+    shell.perform(Estimate(1, REF, 3, 2), Replay(2, REF, (), b"n" * 32, save=False))
+    await shell.core.until(lambda: len(shell.core.heard) == 3)
+    assert shell.core.events[1:] == [Estimated(1, bytes(2)), Replayed(2, REF)]
+
+
+async def test_a_record_is_on_the_disk_before_anything_is_sent(shell: Shell) -> None:
+    order: list[str] = []
+    shell.scalars.keep = lambda *args: order.append("kept")  # type: ignore[method-assign]
+    shell.network.send = lambda *args: order.append("sent")  # type: ignore[method-assign]
+    shell.perform(Send(A, Bye()), KeepScalars((SAID,)), Send(A, Bye()))
+    assert order == ["sent", "kept", "sent"]
+
+
+async def test_a_record_that_cannot_be_kept_is_never_sent_and_halts_the_node(shell: Shell) -> None:
+    shell.scalars.errors["keep"] = LocalError("the disk is full")
+    shell.perform(KeepScalars((SAID,)), Send(A, Bye()))
+    assert shell.network.calls == []
+    assert shell.driver.halted.is_set()
+    assert str(shell.driver.failure) == "the disk is full"
 
 
 async def test_results_are_handed_over_on_the_loop(shell: Shell) -> None:

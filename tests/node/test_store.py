@@ -18,6 +18,7 @@ from node.store import (
     History,
     HomeLock,
     Incoming,
+    hash_pieces,
     newest_checkpoints,
     parse_checkpoint_name,
     verify_checkpoint,
@@ -523,3 +524,46 @@ def test_a_damaged_database_says_what_to_do(tmp_path: Path, damage: Callable[[Pa
     damage(tmp_path / "covey.db")
     with pytest.raises(LocalError, match=r"covey\.db .*move it away, it is rebuilt"):
         History(tmp_path)
+
+
+# --- piece by piece -------------------------------------------------------------------------------------
+@pytest.mark.parametrize("lengths", [(1,), (CHUNK_BYTES,), (CHUNK_BYTES + 1, 3), (5, 0, 2 * CHUNK_BYTES, 7)])
+def test_a_model_in_pieces_is_the_one_in_one_piece(tmp_path: Path, lengths: tuple[int, ...]) -> None:
+    pieces = [bytes([number]) * length for number, length in enumerate(lengths)]
+    data = b"".join(pieces)
+    digest, hashes = hash_blob(data)
+    assert hash_pieces(map(memoryview, pieces)) == (digest, len(data), hashes)
+    store = make_store(tmp_path)
+    ref = store.save_pieces(pieces, 3, 1)
+    assert ref == ModelRef(digest, len(data), 3, 1)
+    assert store.path(ref).read_bytes() == data
+    assert store.size_bytes() == len(data), "and nothing beside it"
+
+
+# --- checkpoints by their digest ------------------------------------------------------------------------
+def test_one_checkpoint_is_restored_by_its_digest(tmp_path: Path) -> None:
+    store = make_store(tmp_path)
+    refs = [store.save(b"model %d" % number, number, 1) for number in range(3)]
+    for ref in refs:
+        store.keep(ref)
+    warnings: list[str] = []
+    again = make_store(tmp_path)
+    assert again.restore_one(refs[1].digest, warnings.append)
+    assert again.path(refs[1]).read_bytes() == b"model 1"
+    assert again.get(refs[2].digest) is None
+    assert not again.restore_one(bytes(32), warnings.append)
+    assert warnings == []
+    newest_checkpoints(tmp_path)[0].write_bytes(b"spoilt")
+    assert not again.restore_one(refs[2].digest, warnings.append)
+    assert "is damaged" in warnings[0]
+
+
+def test_checkpoints_that_nothing_refers_to_are_set_aside(tmp_path: Path) -> None:
+    store = make_store(tmp_path)
+    refs = [store.save(b"model %d" % number, number, 1) for number in range(2)]
+    paths = [store.keep(ref) for ref in refs]
+    warnings: list[str] = []
+    store.set_aside([refs[0].digest], warnings.append)
+    assert newest_checkpoints(tmp_path) == [paths[0]]
+    assert "belongs to no log" in warnings[0]
+    assert paths[1].with_suffix(".unused").exists()

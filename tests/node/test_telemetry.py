@@ -182,3 +182,26 @@ def test_the_level_decides_what_is_shown(
     telemetry.info("one")
     telemetry.warning("two")
     assert len(capsys.readouterr().err.splitlines()) == shown
+
+
+def test_the_log_of_scalars_is_measured(telemetry: Telemetry) -> None:
+    log = {
+        "round": 31,
+        "cut": 20,
+        "records": 12,
+        "sealed": {"round": 28},
+        "counts": {"new": 40, "late": 2},
+        "on_disk": {"records": 75, "cut": 0},
+    }
+    telemetry.scalar_log(log)
+    telemetry.scalar_log({**log, "sealed": None})
+    found = {name: value for name, value in samples(telemetry).items() if name.startswith("covey_log")}
+    assert found == {
+        "covey_log_round{newest}": 31,
+        "covey_log_round{sealed}": 0,
+        "covey_log_round{cut}": 20,
+        "covey_log_records{held}": 12,
+        "covey_log_records{on_disk}": 75,
+        "covey_log_records{new}": 40,
+        "covey_log_records{late}": 2,
+    }

@@ -372,7 +372,7 @@ def test_a_round_far_in_the_future_is_not_kept() -> None:
     status = liar.target.learning.status()
     assert status.num_records == before
     assert status.counts["future"] == 100
-    assert liar.target.penalties[Reason.FUTURE] == 1, "one line for one message"
+    assert not liar.target.penalties, "an honest neighbour may be ahead of a slow node"
     assert status.round < far
 
 
