@@ -49,11 +49,12 @@ class _Slot(NamedTuple):
 class _Round:
     """One round's slots by author, and what is derived from them while nothing changes."""
 
-    __slots__ = ("digest", "last_in_crowd", "slots")
+    __slots__ = ("counting", "digest", "last_in_crowd", "slots")
 
     def __init__(self) -> None:
         self.slots: dict[bytes, _Slot] = {}
         self.digest: bytes | None = None
+        self.counting: tuple[ScalarRecord, ...] | None = None
         self.last_in_crowd: bytes | None = None
 
 
@@ -115,7 +116,7 @@ class ScalarLog:
 
     def _put(self, round_: _Round, author: bytes, slot: _Slot) -> None:
         round_.slots[author] = slot
-        round_.digest = None
+        round_.digest = round_.counting = None
         self._forget_chain(slot.records[0].round)
 
     def _make_room(self, round_: _Round, record: ScalarRecord) -> bool:
@@ -202,10 +203,13 @@ class ScalarLog:
     # --- replaying --------------------------------------------------------------------------------------
     def counting(self, round_: int) -> tuple[ScalarRecord, ...]:
         """The records that count in a round, in the order of their authors' keys."""
-        if round_ not in self._rounds:
+        found = self._rounds.get(round_)
+        if found is None:
             return ()
-        slots = self._rounds[round_].slots
-        return tuple(slots[author].records[0] for author in sorted(slots) if len(slots[author].records) == 1)
+        if found.counting is None:
+            slots = [found.slots[author] for author in sorted(found.slots)]
+            found.counting = tuple(slot.records[0] for slot in slots if len(slot.records) == 1)
+        return found.counting
 
     def rounds(self, first: int, last: int) -> list[int]:
         """The rounds among these that have a record, in order."""
