@@ -108,6 +108,9 @@ class Votes:
         """
         holders = Counter(state_id(marks.sealed) for marks in fellows.values())
         with_us, votes, num_voices = self._count(now, sealed, last_round)
+        # With nobody on its own states a node has nothing to defend, and three that have all parted could never meet.
+        is_alone = num_voices >= 2 and not any(holders[state] for state in self._own_states)
+        needed = 1 if is_alone else self._needed(len(fellows))
         if num_voices < 2:
             with_us = sum(holders[state] for state in self._own_states)
             votes, num_voices = holders, len(fellows)
@@ -116,7 +119,7 @@ class Votes:
             for marks in fellows.values()
             if (state := state_id(marks.sealed)) not in self._own_states
             and votes[state] > 0
-            and holders[state] >= self._needed(len(fellows))
+            and holders[state] >= needed
         }
         if not others:
             return None
@@ -156,11 +159,16 @@ class Votes:
 
 
 def agreed(proposed: Checkpoint, fellows: Mapping[PeerId, Marks], num_fellows: int, patient: bool) -> bool:
-    """Whether most neighbours have come to the same state; where `patient` is over, whether no other has more of them."""
+    """Whether most neighbours have come to the same state; where `patient` is over, whether most have come to one, and to
+    no other more of them. Whoever is not so far yet may still have records of these rounds."""
     with_us = 1 + sum(proposed in (marks.sealed, marks.proposed) for marks in fellows.values())
     if 2 * with_us > 1 + num_fellows:
         return True
-    if patient:
+    so_far = sum(
+        max(each.round for each in (marks.sealed, marks.proposed) if each is not None) >= proposed.round
+        for marks in fellows.values()
+    )
+    if patient or 2 * (1 + so_far) <= 1 + num_fellows:
         return False
     others = Counter(
         state_id(each)

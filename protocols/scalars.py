@@ -121,6 +121,8 @@ class ScalarLearning(Machine):
         self._terms = terms_of(settings, base, members)
         self._signed_terms = terms_digest(self._terms)
         self._base = base
+        self._is_guest = bool(members) and signatures.author not in members
+        """No member: it follows the others, and its own word would not count."""
         self._log = ScalarLog(base, settings.max_authors)
         heard_for_s = HEARD_FOR * settings.deadline_s
         self._votes = Votes(signatures.author, heard_for_s, settings.max_authors, bool(members))
@@ -292,8 +294,13 @@ class ScalarLearning(Machine):
             self._set_round(where)
             return self._go_on(now)
         self._last_round_began_at, self._round_began_at = self._round_began_at, now
-        if max(self._log.newest_of(self._signatures.author), self._silent_until) > self.round:
-            return self._collect(now)  # it has spoken in this round before, or may have
+        if (
+            max(self._log.newest_of(self._signatures.author), self._silent_until) > self.round
+            or self._is_guest
+        ):
+            return self._collect(
+                now
+            )  # it has spoken in this round before, or may have, or would not be heard
         self.phase, self._measuring = _ESTIMATING, self.round + 1
         return self._order(Estimate(self._new_phase(), self._head, self._measuring, self._settings.samples))
 
@@ -321,11 +328,15 @@ class ScalarLearning(Machine):
         out = self._answered()
         if self._measuring != self.round + 1:  # overtaken while it measured
             return out + self._go_on(now)
+        if self._log.newest_of(self._signatures.author) >= self._measuring:
+            return out + self._collect(now)  # others have brought back what it said before it lost its disk
         return out + self._speak(now, self._measuring, event.codes) + self._collect(now)
 
     def _speak(self, now: float, round_: int, codes: bytes) -> list[Output]:
         """Sign, keep, and pass on."""
         assert self._sealed is not None
+        if self._is_guest:
+            return []
         built_on = state_id(self._sealed)
         data = signed_bytes(self._signed_terms, round_, codes, built_on)
         record = ScalarRecord(self._signatures.author, round_, codes, built_on, self._signatures.sign(data))

@@ -149,6 +149,7 @@ class ScalarNetwork:
         self.now, self._pushed = 0.0, 0
         self.links: set[tuple[PeerId, PeerId]] = set()
         self.slow = slow or {}
+        self.slow_until = 1e9
         self.edges = edges
         self.settings = ScalarSettings(**{**QUICK, **scalars})  # type: ignore[arg-type]
         self.nodes: dict[PeerId, Node] = {}
@@ -245,7 +246,7 @@ class ScalarNetwork:
 
     def perform(self, node: Node, effect: Effect) -> None:  # noqa: C901 - one effect after another
         me = node.peer
-        slow = self.slow.get(me, 1.0)
+        slow = self.slow.get(me, 1.0) if self.now < self.slow_until else 1.0
         match effect:
             case Dial(where):
                 peer = PeerId(where.rpartition("/")[2])

@@ -102,6 +102,14 @@ def test_a_newcomer_believes_most_of_its_neighbours() -> None:
     assert votes.better(1, start, fellows(THEIRS, OTHERS), None) is None
 
 
+def test_three_that_have_all_parted_meet() -> None:
+    """Each is alone with its state: then one neighbour is enough, and all prefer the same one."""
+    heavy = checkpoint(20, "h", num_records=12)
+    votes = votes_for({OURS: 1, heavy: 1, OTHERS: 1})
+    assert votes.better(1, OURS, fellows(heavy, OTHERS), None) == (heavy, False)
+    assert votes.better(1, OURS, fellows(heavy, OTHERS, OURS), None) is None, "it is not alone"
+
+
 def test_the_newest_word_of_an_author_counts() -> None:
     votes = votes_for({})
     for round_, state in ((5, OURS), (9, THEIRS), (7, OURS)):
@@ -146,6 +154,8 @@ def test_a_state_is_agreed_on_by_most_or_in_the_end_by_more_than_any_other() -> 
     assert not of(OURS, num=5)
     assert not of(OURS, THEIRS, THEIRS, OTHERS, patient=False)
     assert of(OURS, THEIRS, OTHERS, checkpoint(10, "x"), patient=False)
+    slow = checkpoint(10, "x")
+    assert not of(slow, slow, slow, THEIRS, patient=False), "who is not so far may still have records"
     assert agreed(OURS, {PeerId("p"): Marks(25, 0, THEIRS, OURS)}, 1, True), "to propose it is enough"
 
 

@@ -79,6 +79,20 @@ def test_a_straggler_counts_where_the_round_is_open(seed: int) -> None:
     assert max(lateness) > 0
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_a_fast_node_does_not_part_from_slow_ones(seed: int) -> None:
+    """Alone ahead of them it may not seal rounds of which they still have records."""
+    network = ScalarNetwork(3, seed, slow={"n1": 25.0, "n2": 40.0}, rounds=60, deadline_s=1.0)
+    network.slow_until = 90
+    network.run(60)
+    assert node(network, "n0").learning.round > 20
+    sealed = node(network, "n0").learning.status().sealed
+    assert sealed is not None
+    assert sealed.round <= max(node(network, name).learning.round for name in ("n1", "n2"))
+    network.run_to_end()
+    everyone_equal(network)
+
+
 # --- coming and going -----------------------------------------------------------------------------------
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_late_joiner_begins_at_a_checkpoint_and_ends_equal(seed: int) -> None:
