@@ -1,6 +1,6 @@
 """Three daemons on this machine fine-tune SmolLM2-135M by scalars alone: one is killed, one joins late.
 
-    python benchmarks/finetune.py FOLDER [--train norms] [--rounds 100] [--json]
+    python benchmarks/finetune.py FOLDER [--train head] [--set rounds=80] [--json]
 
 FOLDER holds train.tsv and dev.tsv: a sentence, a tab, 0 or 1 a line (SST-2). Each daemon has a third of the training
 sentences, which never leave it; all are measured on the same held-out ones. Prints the curve of held-out loss and
@@ -36,14 +36,14 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, help="with train.tsv and dev.tsv")
-    parser.add_argument("--train", default="SUBSET", help="which parameters learn, as the task's option")
+    parser.add_argument("--train", default="head", help="which parameters learn, as the task's option")
     parser.add_argument(
         "--option", action="append", default=[], metavar="NAME=VALUE", help="of the task, in JSON"
     )
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="of [scalars], in JSON"
     )
-    parser.add_argument("--batch", type=int, default=16, help="sentences in a forward pass")
+    parser.add_argument("--batch", type=int, default=64, help="sentences in a forward pass")
     parser.add_argument("--held-out", type=int, default=300, help="sentences of dev.tsv to measure on")
     parser.add_argument("--minutes", type=float, default=20.0, help="the run is broken off after this")
     parser.add_argument("--keep", type=Path, help="keep the nodes' homes in this folder")
@@ -94,8 +94,23 @@ def settings(arguments: argparse.Namespace, index: int, port: int, bootstrap: li
     }
 
 
-SCALARS: dict[str, Any] = {}
-OPTIONS: dict[str, Any] = {}
+SCALARS: dict[str, Any] = {
+    "rounds": 80,
+    "samples": 16,
+    "learning_rate": 0.01,
+    "schedule": "linear",
+    "epsilon": 2.0**-6,
+    "quorum": 1.0,
+    "deadline_s": 30.0,
+    "pause_s": 3.0,
+    "wait_for_peers": 1,
+    "evaluate_every": 5,
+    "checkpoint_every": 10,
+    "repair_s": 10.0,
+}
+"""The pause leaves time to kill and to join: a head alone learns on features that are computed once."""
+OPTIONS: dict[str, Any] = {"dtype": "bfloat16", "head": "linear"}
+"""A linear head starts at zero and knows nothing. `--option head=verbaliser` starts at what the model knows already."""
 
 
 class Watch:

@@ -30,6 +30,7 @@ from node.builtin_tasks import (
     libsvm_table,
     npz_table,
 )
+from node.hf_tasks import HfCausalLmOptions, HfClassifierOptions, hf_causal_lm, hf_classifier
 from node.randomness import torch_seed, torch_seeded
 from node.settings import Shard
 from node.tasks import Task, shard_task
@@ -48,6 +49,8 @@ TASKS: dict[str, Builtin] = {
     "csv": Builtin(CsvOptions, csv_table),
     "npz": Builtin(NpzOptions, npz_table),
     "libsvm": Builtin(LibsvmOptions, libsvm_table),
+    "hf-classifier": Builtin(HfClassifierOptions, hf_classifier),
+    "hf-causal-lm": Builtin(HfCausalLmOptions, hf_causal_lm),
 }
 
 
