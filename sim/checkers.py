@@ -12,10 +12,10 @@ What the core promises:
 | `offered` | Aggregate | every input is what that very peer offered; a choice is between the node's own models |
 | `counted_once` | Aggregate | inputs come from distinct peers, never from the node itself; there is one at least; in a final merge none comes twice |
 | `staleness` | Aggregate | counted from the node's round, never negative; sample counts are positive |
-| `held` | Train, Evaluate, Keep, Send of an offer | the model is held at this moment |
+| `held` | Train, Estimate, Replay, Evaluate, Keep, Send of an offer | the model is held at this moment |
 | `forgets_once` | Forget | what is held, or was fetched in part, and each only once |
 | `forgets_unused` | Forget | nothing under way reads or writes that model |
-| `one_order` | Train, Aggregate, Evaluate | no other work is awaited, and none begins after the last round |
+| `one_order` | Train, Aggregate, Estimate, Replay, Evaluate | no other work is awaited, and none begins after the last round |
 | `new_token` | work, Fetch, SetTimer | tokens rise; a fetch is only repeated for the same model after it failed |
 | `one_copy` | Fetch | one fetch at a time of the same bytes and from the same peer |
 | `linked` | Send, Disconnect, Fetch | the peer has a link that is up |
@@ -30,6 +30,8 @@ What the core promises:
 | `leaks` | now and then | the core counts on the models, links and transfers that there are; known peers stay within `max_known` |
 | `stuck` | now and then | no phase lasts longer than its work or its timer |
 
+What it promises beyond this where it learns by scalars is said in `scalar_checkers.py`.
+
 What the world promises the core, since a rule above may only be as good as this:
 
 | rule | on | what holds |
@@ -41,7 +43,7 @@ What the world promises the core, since a rule above may only be as good as this
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from math import inf
 from typing import Any, NamedTuple, Protocol
 
@@ -58,6 +60,8 @@ from protocols.events import (
     Disconnect,
     Effect,
     Emit,
+    Estimate,
+    Estimated,
     Evaluate,
     Evaluated,
     Event,
@@ -75,6 +79,8 @@ from protocols.events import (
     Phase,
     Received,
     Record,
+    Replay,
+    Replayed,
     RoundDone,
     Send,
     SetTimer,
@@ -87,9 +93,12 @@ from protocols.events import (
     WorkFailed,
 )
 from protocols.final_merge import num_stages
-from protocols.gossip import MAX_JUMP
-from protocols.messages import AskPeers, Decline, Heartbeat, Hello, Offer
-from protocols.vocabulary import ModelRef, PeerId, peer_of
+from protocols.gossip import MAX_JUMP, Gossip
+from protocols.messages import AskPeers, Decline, Heartbeat, Hello, Offer, Terms
+from protocols.scalars import GRACE, ScalarLearning
+from protocols.vocabulary import ModelRef, PeerId, ScalarRecord, peer_of
+from sim import scalar_checkers
+from sim.scalar_checkers import AFTER_TERMS, SCALAR_RULES, Disk, ScalarFacts, States
 
 DRIFT = 2.0
 """Virtual seconds that one second of a node's own clock lasts at most."""
@@ -193,6 +202,7 @@ class Facts:
         "phase_token",
         "round",
         "round_at_s",
+        "scalars",
         "seen_at_s",
         "since_s",
         "started",
@@ -202,6 +212,8 @@ class Facts:
 
     def __init__(self, core: NodeCore, epoch: int, now: float, kept: ModelRef | None) -> None:
         self.core = core
+        self.scalars: ScalarFacts | None = None
+        """Of a core that learns by them."""
         self.epoch = epoch
         self.started = False
         self.kept = kept
@@ -264,18 +276,22 @@ class Facts:
                 self.num_timers[timer.owner, timer.name] -= 1
             case Fetched() | FetchFailed():
                 self._see_fetch(event)
-            case Trained() | Aggregated() | Evaluated() | WorkFailed():
+            case Trained() | Aggregated() | Estimated() | Replayed() | Evaluated() | WorkFailed():
                 self._see_work(event)
             case LinkUp() | LinkDown() | DialFailed():
                 self._see_link(event)
             case Started(_, _, ref):
                 self.started = True
+                if event.checkpoint is not None:
+                    ref = event.checkpoint.ref
                 if ref is not None:
                     self.held.add(ref.digest)
                     self.round = self.ceiling = ref.round
                     self.ended = ref.round - 1
             case _:
                 pass
+        if self.scalars is not None:
+            self.scalars.see(event)
 
     def _see_fetch(self, event: Fetched | FetchFailed) -> None:
         fetch = self.fetching.pop(event.token).effect
@@ -288,9 +304,9 @@ class Facts:
         if fetch.ref.digest not in self.held:
             self.partial.add(fetch.ref.digest)
 
-    def _see_work(self, event: Trained | Aggregated | Evaluated | WorkFailed) -> None:
+    def _see_work(self, event: Trained | Aggregated | Estimated | Replayed | Evaluated | WorkFailed) -> None:
         order, self.order = self.order, None
-        if isinstance(event, Trained | Aggregated):
+        if isinstance(event, Trained | Aggregated | Replayed):
             self.held.add(event.ref.digest)
             if isinstance(event, Aggregated) and order is not None and isinstance(order.effect, Aggregate):
                 self._see_merged(order.effect, event.ref.digest)
@@ -337,7 +353,7 @@ class Facts:
                 self.partial.discard(ref.digest)
             case Train(token, _, round_):
                 self.order, self.token, self.round = _Asked(effect, now), token, round_
-            case Aggregate(token) | Evaluate(token):
+            case Aggregate(token) | Evaluate(token) | Estimate(token) | Replay(token):
                 self.order, self.token = _Asked(effect, now), token
                 if isinstance(effect, Aggregate) and effect.rule == "final":
                     self.final_peers.update(item.peer for item in effect.inputs)
@@ -352,6 +368,8 @@ class Facts:
                 self.dialling[peer_of(address) or PeerId("")] = now
             case _:
                 pass
+        if self.scalars is not None:
+            self.scalars.do(effect)
 
     def _do_emit(self, now: float, record: Record) -> None:
         match record:
@@ -431,7 +449,7 @@ def _staleness(facts: Facts, order: Aggregate) -> str:
     return ""
 
 
-def _held(facts: Facts, effect: Train | Evaluate | Keep) -> str:
+def _held(facts: Facts, effect: Train | Estimate | Replay | Evaluate | Keep) -> str:
     if effect.ref.digest in facts.held:
         return ""
     return f"{type(effect).__name__} of model {brief(effect.ref.digest)}, which is not held"
@@ -455,13 +473,15 @@ def _forgets_unused(facts: Facts, forget: Forget) -> str:
     return f"model {brief(digest)} is forgotten while it is in use" if digest in facts.in_use() else ""
 
 
-def _one_order(facts: Facts, order: Train | Aggregate | Evaluate) -> str:
+def _one_order(facts: Facts, order: Train | Aggregate | Estimate | Replay | Evaluate) -> str:
     if facts.order is not None:
         return f"{type(order).__name__} while {brief(facts.order.effect)} is awaited"
+    if facts.scalars is not None:  # what comes late still has its rounds replayed
+        return ""
     return f"{type(order).__name__} after the last round" if facts.done else ""
 
 
-def _work_token(facts: Facts, order: Train | Aggregate | Evaluate) -> str:
+def _work_token(facts: Facts, order: Train | Aggregate | Estimate | Replay | Evaluate) -> str:
     return "" if order.token > facts.token else f"token {order.token} after token {facts.token}"
 
 
@@ -512,7 +532,7 @@ def _greeted(facts: Facts, effect: Send | Fetch) -> str:
     return ""
 
 
-_AFTER_HELLO = (Heartbeat, AskPeers, Offer, Decline)
+_AFTER_HELLO = (Heartbeat, AskPeers, Offer, Decline, Terms, *AFTER_TERMS)
 
 
 def _dials(facts: Facts, dial: Dial) -> str:
@@ -535,8 +555,13 @@ def _kept_round(facts: Facts, keep: Keep) -> str:
     return "" if keep.ref.round <= facts.ceiling + 1 else _in_reach(facts, keep.ref.round, "keeps round")
 
 
+def _gossip(facts: Facts) -> Gossip | None:
+    return facts.core.learning if isinstance(facts.core.learning, Gossip) else None
+
+
 def _told_round(facts: Facts, emit: Emit) -> str:
-    record, last = emit.record, facts.core.learning._settings.rounds if facts.core.learning else 0
+    learning = _gossip(facts)
+    record, last = emit.record, learning._settings.rounds if learning else 0
     match record:
         case RoundDone(round_):
             if facts.done:
@@ -547,7 +572,7 @@ def _told_round(facts: Facts, emit: Emit) -> str:
         case LearningDone(round_):
             if facts.done or not last or round_ < last:
                 return f"is done in round {round_} of {last}" + ", again" * facts.done
-            final = facts.core.learning is not None and facts.core.learning._settings.final_merge != "none"
+            final = learning is not None and learning._settings.final_merge != "none"
             # A checkpoint of a later round has it behind itself.
             if final and not facts.merged and facts.round <= last:
                 return "is done without its final merge"
@@ -561,14 +586,15 @@ def _final_merged(facts: Facts, emit: Emit) -> str:
         return ""
     if facts.merged or facts.done:
         return "a second final merge" if facts.merged else "a final merge after the end"
-    settings = facts.core.learning._settings if facts.core.learning is not None else None
+    learning = _gossip(facts)
+    settings = learning._settings if learning is not None else None
     if settings is None or settings.final_merge == "none":
         return "a final merge, and its config has none"
     return "" if facts.core.round >= settings.rounds else f"a final merge in round {facts.core.round}"
 
 
 def _result_merged(facts: Facts, send: Send) -> str:
-    learning = facts.core.learning
+    learning = _gossip(facts)
     if type(send.message) is not Offer or learning is None or learning._settings.final_merge == "none":
         return ""
     ref = send.message.ref
@@ -600,7 +626,7 @@ def _num_timers(facts: Facts, effect: SetTimer) -> str:
     num, core = facts.num_timers[timer.owner, timer.name], facts.core
     if timer.owner == "exchange":
         most = core.exchange._settings.max_parallel_fetches
-    elif timer.name == "beat":
+    elif timer.name in ("beat", "flush", "repair"):
         most = 1
     elif timer.owner == "view":
         # An earlier one takes a later one's place, and the later one still runs out.
@@ -626,18 +652,22 @@ def _bounds(facts: Facts, now: float) -> str:
         return f"{len(exchange._offered)} models are offered, allowed {settings.num_generations}"
     if len(facts.greeted) > core.view._settings.max_degree:
         return f"{len(facts.greeted)} links accepted, allowed {core.view._settings.max_degree}"
-    if core.learning is None:
+    learning = core.learning
+    if learning is None:
         return ""
-    before, facts.inbox = facts.inbox, len(core.learning._inbox)
+    token = learning._token if isinstance(learning, Gossip) else learning._phase_token
+    if token != facts.phase_token:
+        facts.phase_token, facts.phase_at_s = token, now
+    if isinstance(learning, ScalarLearning):
+        return scalar_checkers.bounds(facts.scalars) if facts.scalars is not None else ""
+    before, facts.inbox = facts.inbox, len(learning._inbox)
     # Links may end afterwards: the bound is on what it grows to.
     if facts.inbox > before and facts.inbox > (most := max(8, 2 * core.view.num_live())):
         return f"{facts.inbox} models in the inbox, allowed {most}"
-    if (final := core.learning._final) is not None:
+    if (final := learning._final) is not None:
         before, facts.box = facts.box, len(final._box)
         if facts.box > before and facts.box > (most := max(8, 2 * core.view.num_live())):
             return f"{facts.box} models wait for the final merge, allowed {most}"
-    if core.learning._token != facts.phase_token:
-        facts.phase_token, facts.phase_at_s = core.learning._token, now
     return ""
 
 
@@ -659,7 +689,7 @@ def _leaks(facts: Facts) -> str:
     inbox = max(8, 2 * view._settings.max_degree)
     # The inbox, what is being merged, the offered ones; own, trained and sound; and of a final merge as much again.
     most = 2 * inbox + exchange._settings.num_generations + 3
-    if core.learning is not None and core.learning._final is not None:
+    if isinstance(core.learning, Gossip) and core.learning._final is not None:
         most += 2 * inbox + _most_stages(core) + 2
     return f"{len(exchange._held)} models held, allowed {most}" if len(exchange._held) > most else ""
 
@@ -668,21 +698,38 @@ def _stuck(facts: Facts, limits: Limits) -> str:
     core = facts.core
     if core.learning is None or core.model is None or core.phase is Phase.DONE:
         return ""
-    settings = core.learning._settings
-    own_clock = {
+    own_clock = _own_clock(core, limits)
+    most = limits.work_s if own_clock is None else own_clock * DRIFT + 1
+    lasts = facts.seen_at_s - max(facts.phase_at_s, facts.since_s, limits.since_s)
+    return f"{core.phase.value} for {lasts:.1f} s, allowed {most:.1f} s" if lasts > most else ""
+
+
+def _own_clock(core: NodeCore, limits: Limits) -> float | None:
+    """How long the phase may last by the node's own timers; None where it waits for work."""
+    learning = core.learning
+    if isinstance(learning, ScalarLearning):
+        own = learning._settings
+        # With a quorum it waits a share of the time that that took.
+        grace_s = GRACE * (own.deadline_s + limits.work_s)
+        return {
+            Phase.WAITING: max(own.wait_at_most_s, own.sync_s, 0.1),
+            Phase.COLLECTING: max(own.deadline_s, grace_s),
+            Phase.PAUSING: max(own.pause_s, _REST_S),
+            Phase.SETTLING: own.deadline_s,
+        }.get(core.phase)
+    assert isinstance(learning, Gossip)
+    settings = learning._settings
+    return {
         Phase.WAITING: settings.wait_at_most_s,
         Phase.COLLECTING: settings.window_s or settings.deadline_s,
         Phase.PAUSING: max(settings.pause_s, _REST_S),
         # Each of its waits ends by the last stage's deadline; in between there is work.
         Phase.FINAL: (_most_stages(core) + 1) * settings.final_deadline_s + limits.work_s,
     }.get(core.phase)
-    most = limits.work_s if own_clock is None else own_clock * DRIFT + 1
-    lasts = facts.seen_at_s - max(facts.phase_at_s, facts.since_s, limits.since_s)
-    return f"{core.phase.value} for {lasts:.1f} s, allowed {most:.1f} s" if lasts > most else ""
 
 
 def _most_stages(core: NodeCore) -> int:
-    assert core.learning is not None
+    assert isinstance(core.learning, Gossip)
     mode = core.learning._settings.final_merge
     return num_stages(mode, core.view._settings.max_degree + 1) if mode != "none" else 0
 
@@ -713,7 +760,9 @@ def _overdue(facts: Facts, limits: Limits) -> str:
 
 
 # --- rules on events: what the world promises -----------------------------------------------------------
-def _answers_work(facts: Facts, answer: Trained | Aggregated | Evaluated | WorkFailed) -> str:
+def _answers_work(
+    facts: Facts, answer: Trained | Aggregated | Estimated | Replayed | Evaluated | WorkFailed
+) -> str:
     order = facts.order.effect if facts.order is not None else None
     if (
         order is None
@@ -724,7 +773,13 @@ def _answers_work(facts: Facts, answer: Trained | Aggregated | Evaluated | WorkF
     return ""
 
 
-_ANSWER: dict[type, type] = {Train: Trained, Aggregate: Aggregated, Evaluate: Evaluated}
+_ANSWER: dict[type, type] = {
+    Train: Trained,
+    Aggregate: Aggregated,
+    Estimate: Estimated,
+    Replay: Replayed,
+    Evaluate: Evaluated,
+}
 
 
 def _answers_fetch(facts: Facts, answer: Fetched | FetchFailed) -> str:
@@ -748,10 +803,23 @@ def _has_link(facts: Facts, event: LinkDown | Received) -> str:
 def _resumes(facts: Facts, event: Started) -> str:
     if facts.started:
         return "started twice in one life"
+    if facts.scalars is not None:
+        return _resumes_log(facts.scalars.disk, event)
     ref, kept = event.ref, facts.kept
     if ref is None or ref == kept or (kept is None and ref.round == 0):
         return ""
     return f"it begins with {brief(ref)}, and {'nothing' if kept is None else brief(kept)} was kept"
+
+
+def _resumes_log(disk: Disk, event: Started) -> str:
+    """The newest checkpoint, and every record that was kept of the rounds after it."""
+    if event.checkpoint != disk.sealed:
+        return f"it begins with {brief(event.checkpoint)}, and {brief(disk.sealed)} was kept"
+    sealed = disk.sealed.round if disk.sealed is not None else 0
+    wanted = {record for record in disk.records if record.round > sealed}
+    if wanted != set(event.records):
+        return f"it begins with {len(event.records)} records, and {len(wanted)} were kept"
+    return ""
 
 
 class Rule(NamedTuple):
@@ -763,7 +831,7 @@ class Rule(NamedTuple):
 
 
 RULES = (
-    Rule("answers", (Trained, Aggregated, Evaluated, WorkFailed), _answers_work),
+    Rule("answers", (Trained, Aggregated, Estimated, Replayed, Evaluated, WorkFailed), _answers_work),
     Rule("answers", (Fetched, FetchFailed), _answers_fetch),
     Rule("answers", (TimerFired,), _answers_timer),
     Rule("links", (LinkUp,), _link_up),
@@ -773,12 +841,12 @@ RULES = (
     Rule("verified", (Aggregate,), _verified),
     Rule("offered", (Aggregate,), _offered),
     Rule("staleness", (Aggregate,), _staleness),
-    Rule("held", (Train, Evaluate, Keep), _held),
+    Rule("held", (Train, Estimate, Replay, Evaluate, Keep), _held),
     Rule("held", (Send,), _offer_held),
     Rule("forgets_unused", (Forget,), _forgets_unused),
     Rule("forgets_once", (Forget,), _forgets_once),
-    Rule("one_order", (Train, Aggregate, Evaluate), _one_order),
-    Rule("new_token", (Train, Aggregate, Evaluate), _work_token),
+    Rule("one_order", (Train, Aggregate, Estimate, Replay, Evaluate), _one_order),
+    Rule("new_token", (Train, Aggregate, Estimate, Replay, Evaluate), _work_token),
     Rule("new_token", (SetTimer,), _timer_token),
     Rule("new_token", (Fetch,), _fetch_token),
     Rule("one_copy", (Fetch,), _one_copy),
@@ -794,6 +862,8 @@ RULES = (
     Rule("timers", (SetTimer,), _num_timers),
 )
 """Looked at before the facts take note of what they look at, in this order."""
+_OF_GOSSIP = frozenset({"rounds", "final", "counted_once", "verified", "offered", "staleness"})
+"""Rules that mean nothing where nodes learn by scalars."""
 _ENCODES = Rule("encodes", (Send,), _encodes)
 
 
@@ -810,17 +880,25 @@ class Checkers:
         self._now = 0.0
         self._online: dict[int, Facts] = {}
         self._kept: dict[int, ModelRef | None] = {}
-        self._rules: dict[type, list[tuple[str, Callable[[Facts, Any], str]]]] = {}
-        for rule in (*RULES, _ENCODES) if encode else RULES:
-            for kind in rule.on:
-                self._rules.setdefault(kind, []).append((rule.name, rule.check))
+        self._disks: dict[int, Disk] = {}
+        self._states: States | None = None
+        self._genuine: set[ScalarRecord] = set()
+        always = (*RULES, _ENCODES) if encode else RULES
+        self._rules = _by_kind(always)
+        self._scalar_rules = _by_kind(
+            [*(rule for rule in always if rule.name not in _OF_GOSSIP), *map(_on_scalars, SCALAR_RULES)]
+        )
 
     def started(self, node: int, core: NodeCore, now: float, epoch: int) -> None:
         """A core was made; `Started` will be its first event."""
         self._now = now
         if node in self._online:
             raise Violation(now, node, "resumes", "a second core of a node that runs")
-        self._online[node] = Facts(core, epoch, now, self._kept.get(node))
+        facts = self._online[node] = Facts(core, epoch, now, self._kept.get(node))
+        if isinstance(core.learning, ScalarLearning):
+            self._states = self._states or States(core.learning._base)
+            disk = self._disks.setdefault(node, Disk())
+            facts.scalars = ScalarFacts(core, disk, self._states, self._genuine)
 
     def gone(self, node: int, wiped: bool = False) -> None:
         """It crashed or left. wiped: and lost its checkpoint."""
@@ -828,6 +906,8 @@ class Checkers:
         if facts is None:
             return
         self._kept[node] = None if wiped else facts.kept
+        if wiped:
+            self._disks.pop(node, None)
         if what := _overdue(facts, self.limits):
             raise Violation(self._now, node, "overdue", what)
 
@@ -843,7 +923,7 @@ class Checkers:
         if facts is None:
             raise Violation(now, node, "resumes", "an event for a node that is not online", event, effects)
         facts.heard(now)
-        rules = self._rules
+        rules = self._rules if facts.scalars is None else self._scalar_rules
         for name, check in rules.get(type(event), ()):
             if what := check(facts, event):
                 raise Violation(now, node, name, what, event, effects)
@@ -877,9 +957,28 @@ class Checkers:
             ("leaks", _leaks(facts)),
             ("stuck", _stuck(facts, self.limits)),
             ("overdue", _overdue(facts, self.limits)),
+            ("log", scalar_checkers.log_holds(facts.scalars) if facts.scalars is not None else ""),
         ):
             if what:
                 raise Violation(now, node, name, what, event, effects)
+
+
+def _by_kind(rules: Iterable[Rule]) -> dict[type, list[tuple[str, Callable[[Facts, Any], str]]]]:
+    found: dict[type, list[tuple[str, Callable[[Facts, Any], str]]]] = {}
+    for rule in rules:
+        for kind in rule.on:
+            found.setdefault(kind, []).append((rule.name, rule.check))
+    return found
+
+
+def _on_scalars(rule: tuple[str, tuple[type, ...], Callable[[ScalarFacts, Any], str]]) -> Rule:
+    name, kinds, check = rule
+
+    def on_facts(facts: Facts, thing: Any) -> str:
+        assert facts.scalars is not None
+        return check(facts.scalars, thing)
+
+    return Rule(name, kinds, on_facts)
 
 
 # --- liveness -------------------------------------------------------------------------------------------
@@ -919,6 +1018,8 @@ class Liveness(Struct, frozen=True):
 
     rule `ends`: an online node has ended all its rounds, or, where there is no last one, one within `round_s`.
     Where the run ended early because all had, there is nothing to wait for.
+    rule `one_log`: `settled_s` after the stop at the latest, nodes that learn by scalars and reach each other have one log of all rounds
+        but the last few, and one state if they have ended all.
     rule `neighbours`: `links_s` after the stop an online node that knows of an online node, or is looked for by
     one, has a greeted link.
     """
@@ -928,6 +1029,8 @@ class Liveness(Struct, frozen=True):
     """The longest that one round may take."""
     links_s: float = inf
     """Left out, links are not looked at: not every pair of nodes can link behind NATs."""
+    settled_s: float = inf
+    """Left out, logs are not compared."""
 
     def check(self, world: WatchedWorld, checkers: Checkers) -> None:
         """Raises Violation, by the end of the run."""
@@ -936,6 +1039,10 @@ class Liveness(Struct, frozen=True):
         for node in online.values():
             if what := self._ends(node, now, checkers):
                 raise Violation(now, node.index, "ends", what)
+        if self.settled_s < inf:
+            cores = {peer: node.core for peer, node in online.items() if node.core is not None}
+            if what := scalar_checkers.apart(cores):
+                raise Violation(now, next(iter(online.values())).index, "one_log", what)
         if now + LATE_S < self.stops_at_s + self.links_s:
             return
         for node in online.values():

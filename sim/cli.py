@@ -76,7 +76,9 @@ def run(
     list_: Annotated[bool, typer.Option("--list", help="Say which scenarios are built in.")] = False,
     settings: Set = None,
     nodes: Annotated[int | None, typer.Option(min=1, help="Short for --set nodes=N.")] = None,
-    rounds: Annotated[int | None, typer.Option(min=1, help="Short for --set gossip.rounds=N.")] = None,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, help="Short for --set gossip.rounds=N, or scalars.rounds=N.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Decides everything: one seed, one trace.")] = None,
     task: Annotated[
         str | None,
@@ -99,12 +101,13 @@ def run(
     if list_:
         _list(as_json)
         return
+    learning = scenario_files.load(scenario, settings or [])[0].learning if rounds is not None else ""
     overrides = [
         # The scenario's options are those of its own task.
         *([f"data.task={json.dumps(_task_here(task))}", "data.options="] if task is not None else []),
         *(settings or []),
         *([f"nodes={nodes}"] if nodes is not None else []),
-        *([f"gossip.rounds={rounds}"] if rounds is not None else []),
+        *([f"{learning}.rounds={rounds}"] if rounds is not None else []),
         *([f"seed={seed}"] if seed is not None else []),
         *(["dry_run=true"] if dry_run else []),
         *([f"compute.device={json.dumps(device)}"] if device is not None else []),
@@ -223,6 +226,10 @@ def _print_outcome(outcome: "Outcome", folder: Path | None) -> None:
     rows["node-rounds"] = f"{result.node_rounds:,} ({timing['node_rounds_per_s']:,.0f} a second)"
     rows["events"] = f"{result.events:,} ({timing['events_per_s']:,.0f} a second)"
     rows["sent"] = f"{result.bytes_sent / 1e6:,.2f} MB, {result.fetches:,} models"
+    if result.scalars is not None:
+        from sim.scalar_world import as_rows
+
+        rows.update(as_rows(result.scalars))
     if result.refused:
         rows["refused"] = ", ".join(f"{reason} {count:,}" for reason, count in result.refused.items())
     if result.failed_work:

@@ -30,6 +30,7 @@ from node.tasks import Task, build_model, classification_metrics, initial_params
 from node.training import EVALUATION_BATCH, batch_indices, diverged, evaluate, train_on
 from node.weights import schema_hash, schema_of
 from protocols.errors import ConfigError, LocalError
+from protocols.scalar_terms import ScalarSettings
 from protocols.vocabulary import one_line
 from sim.calibration import (
     NEVER,
@@ -40,8 +41,9 @@ from sim.calibration import (
     disagreement,
     tile_size,
 )
-from sim.orders import Begin, Measure, Merge, Train
+from sim.orders import Begin, Estimate, Measure, Merge, Replay, Train
 from sim.rows import Rows, Tile
+from sim.scalar_engine import ScalarPart
 from sim.scenarios import ComputeSettings
 
 Spec = str | Mapping[str, Any]
@@ -68,6 +70,7 @@ class LocalEngine:
     names: each node's name in its random streams, which is its peer id.
     final_rule: of the merge after the last round; None where there is none.
     held_out: the training samples by which each node judges models, where a rule does; none of them is in `parts`.
+    scalars: where nodes learn by them; base: what then stands for the model that all begin with.
     Raises ConfigError for a device that is not there, and where `batching` is "always" and cannot be.
     """
 
@@ -83,6 +86,8 @@ class LocalEngine:
         *,
         final_rule: Sequence[Spec] | None = None,
         held_out: Sequence[Indices] | None = None,
+        scalars: ScalarSettings | None = None,
+        base: bytes = b"",
     ) -> None:
         assert len(parts) == len(names)
         torch.set_num_threads(compute.threads or 1)
@@ -112,9 +117,15 @@ class LocalEngine:
         )
         slices = self._rows.layout.get(torch.float32, [])
         self._batched_rule = build_batched(rule, slices) if is_plain_float and slices else None
+        self._scalars: ScalarPart | None = None
+        if scalars is not None:
+            self._scalars = ScalarPart(
+                self._task, self._model, self._rows, names, parts, scalars, training, seed, base, compute
+            )
         if compute.batching != "never":
             # Now, and not amid the run: the first batched step loads much of torch.
-            self._choose_threads()
+            if scalars is None:
+                self._choose_threads()
             _ = self._measure_choice
 
     # --- rows -------------------------------------------------------------------------------------------
@@ -129,6 +140,8 @@ class LocalEngine:
             else:
                 self._rows.put(row, initial_params(self._task, seed))
                 first_with[seed] = row
+            if self._scalars is not None:
+                self._scalars.begin(row)
 
     def params(self, row: int) -> Params:
         """A copy of one model, on the CPU."""
@@ -194,6 +207,7 @@ class LocalEngine:
             "batching": self._compute.batching,
             "parameters": sum(tensor.numel() for tensor in self._model.state_dict().values()),
             **choices,
+            **(self._scalars.describe() if self._scalars is not None else {}),
             "merge": {"batched": self._merges_in_batches, "tile": self._merge_tile},
         }
 
@@ -402,19 +416,30 @@ class LocalEngine:
             return _failure(error)
         return ""
 
+    # --- scalars ----------------------------------------------------------------------------------------
+    def estimate(self, orders: Sequence[Estimate]) -> list[str]:
+        assert self._scalars is not None, "nodes exchange models"
+        return self._scalars.estimate(orders)
+
+    def replay(self, orders: Sequence[Replay]) -> list[str]:
+        assert self._scalars is not None, "nodes exchange models"
+        return self._scalars.replay(orders)
+
     # --- measuring --------------------------------------------------------------------------------------
     def measure(self, orders: Sequence[Measure]) -> list[dict[str, float]]:
-        """Where measuring raises the answer is {}."""
-        found: list[dict[str, float]] = []
-        for tile in _tiles(orders, self._measure_choice.tile) if orders else ():
+        """Where measuring raises the answer is {}. A model that many nodes have is measured once."""
+        rows = list(dict.fromkeys(order.row for order in orders))
+        found: dict[int, dict[str, float]] = {}
+        for tile in _tiles(rows, self._measure_choice.tile) if rows else ():
             measured = self._measure_together(tile) if self._measure_choice.batches(len(tile)) else None
-            found += [self._measure_one(order.row) for order in tile] if measured is None else measured
-        return found
+            answers = [self._measure_one(row) for row in tile] if measured is None else measured
+            found.update(zip(tile, answers, strict=True))
+        return [found[order.row] for order in orders]
 
-    def _measure_together(self, orders: Sequence[Measure]) -> list[dict[str, float]] | None:
+    def _measure_together(self, rows: Sequence[int]) -> list[dict[str, float]] | None:
         """None where it raised: one by one it is clear on whose model."""
         try:
-            return self._measure_tile(self._rows.gather(self._index([order.row for order in orders])))
+            return self._measure_tile(self._rows.gather(self._index(rows)))
         except Exception:  # a user's model or metrics may raise anything
             return None
 

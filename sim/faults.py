@@ -15,6 +15,8 @@ from msgspec import Struct
 
 from protocols.final_merge import num_stages
 from protocols.gossip import GossipSettings
+from protocols.scalar_terms import ScalarSettings
+from protocols.scalars import GRACE, MAX_SETTLING, PATIENCE
 from sim.checkers import Limits, Liveness
 from sim.scenarios import Scenario
 
@@ -190,6 +192,7 @@ def draw_faults(seed: int) -> Adversity:
     stops_at_s = rng.randint(20, 60)
     tables = _healthy(rng, seed)
     tables["gossip"] |= _schedule(random.Random(f"{seed} schedule"), tables["gossip"]["rounds"])
+    _choose_learning(random.Random(f"{seed} learning"), tables)
     kinds = [name for name, (share, _) in FAULTS.items() if rng.random() < share]
     for name in kinds:
         FAULTS[name][1](rng, tables, stops_at_s)
@@ -261,12 +264,42 @@ def _schedule(rng: random.Random, rounds: int) -> Tables:
     return tables
 
 
+def _choose_learning(rng: random.Random, tables: Tables) -> None:
+    """A third of the networks learn by scalars. By a generator of its own, as above."""
+    if rng.random() >= 1 / 3:
+        return
+    tables["learning"] = "scalars"
+    tables["scalars"] = {
+        "rounds": tables["gossip"]["rounds"],
+        "samples": rng.choice([1, 4]),
+        "schedule": "constant",
+        "weight_decay": rng.choice([0.0, 0.1]),
+        "quorum": rng.choice([0.0, 0.5, 0.8, 1.0]),
+        "deadline_s": rng.choice([0.5, 2.0, 5.0]),
+        "pause_s": rng.choice([0.0, 0.0, 1.0]),
+        "checkpoint_every": rng.choice([2, 5, 10]),
+        "late_rounds": rng.choice([0, 2, 5]),
+        # One in four has to leave authors out.
+        "max_authors": rng.choice([1024, 1024, 1024, max(1, tables["nodes"] // 2)]),
+        "wait_for_peers": tables["gossip"]["wait_for_peers"],
+        "wait_at_most_s": tables["gossip"]["wait_at_most_s"],
+        "sync_s": rng.choice([0.0, 0.5, 2.0]),
+        "batch_s": rng.choice([0.0, 0.05, 0.3]),
+        "repair_s": rng.choice([0.5, 2.0, 5.0]),
+    }
+    tables["devices"]["estimate_s"] = rng.choice([0.01, 0.1, 0.5])
+    if not tables["scalars"]["rounds"]:  # as many as the time has room for, which should not be thousands
+        tables["scalars"]["pause_s"] = 1.0
+
+
 def _learn(tables: Tables) -> None:
     tables["dry_run"] = False
     tables["nodes"] = min(tables["nodes"], 8)
     tables["data"] = {"task": "digits", "options": {"hidden": [4]}, "samples_per_node": 16}
     tables["training"] = {"local_steps": 1, "batch_size": 4}
-    tables["gossip"]["rounds"] = min(tables["gossip"]["rounds"] or 10, 10)
+    for learning in ("gossip", "scalars"):
+        if learning in tables:
+            tables[learning]["rounds"] = min(tables[learning]["rounds"] or 10, 10)
     tables["topology"]["degree"] = 2
 
 
@@ -297,18 +330,22 @@ SLACK_S = 5.0
 def limits_of(adversity: Adversity) -> Limits:
     """When an answer is overdue in this scenario."""
     scenario, links = adversity.scenario, adversity.scenario.links
-    way_s = _one_way(scenario)
+    return Limits(
+        work_s=_slowest(scenario) * max(_durations(scenario)) + SLACK_S,
+        fetch_s=_fetch_s(scenario),
+        dial_s=links.dial_timeout_s + 8 * _one_way(scenario) + SLACK_S,
+        since_s=adversity.stops_at_s,
+    )
+
+
+def _fetch_s(scenario: Scenario) -> float:
+    links = scenario.links
     # A line is shared by all whom it may serve at once.
     rate = min(
         links.up_bytes_per_s / max(1, scenario.nodes - 1),
         links.down_bytes_per_s / scenario.exchange.max_parallel_fetches,
     )
-    return Limits(
-        work_s=_slowest(scenario) * max(_durations(scenario)) + SLACK_S,
-        fetch_s=2 * _model_bytes(scenario) / rate + 2 * links.fetch_timeout_s + 4 * way_s + SLACK_S,
-        dial_s=links.dial_timeout_s + 8 * way_s + SLACK_S,
-        since_s=adversity.stops_at_s,
-    )
+    return 2 * _model_bytes(scenario) / rate + 2 * links.fetch_timeout_s + 4 * _one_way(scenario) + SLACK_S
 
 
 def liveness_of(adversity: Adversity) -> Liveness:
@@ -326,11 +363,24 @@ def liveness_of(adversity: Adversity) -> Liveness:
         stops_at_s=adversity.stops_at_s,
         round_s=_round_s(scenario),
         links_s=_links_s(scenario) if steady else inf,
+        settled_s=_settled_s(scenario) if _can_agree(adversity) else inf,
     )
+
+
+def _can_agree(adversity: Adversity) -> bool:
+    """Where nodes that have parted find one log again. Not on sparse graphs: a node takes over another state only where
+    two of its neighbours stand on it, and at a border between two parts of a ring nobody has two on the other side."""
+    scenario = adversity.scenario
+    steady = not set(adversity.kinds) & {"nat", "corruption"}
+    patient = scenario.scalars.late_rounds >= 2 and scenario.scalars.quorum >= 0.5
+    return scenario.learning == "scalars" and scenario.topology.kind == "full" and steady and patient
 
 
 def _with_end(scenario: Scenario, stops_at_s: float) -> Scenario:
     """Time enough for all rounds after the faults, or, without a last round, for a few, and for all links."""
+    if scenario.learning == "scalars":
+        after_s = max(_settled_s(scenario), _links_s(scenario))
+        return msgspec.structs.replace(scenario, at_most_s=stops_at_s + after_s + SLACK_S)
     gossip: GossipSettings = scenario.gossip
     rounds_s = (gossip.rounds or 3) * _round_s(scenario) + gossip.wait_at_most_s * _DRIFT + _final_s(scenario)
     return msgspec.structs.replace(
@@ -345,9 +395,25 @@ _REST_S = 5.0
 
 
 def _round_s(scenario: Scenario) -> float:
+    if scenario.learning == "scalars":
+        scalars: ScalarSettings = scenario.scalars
+        waits_s = (1 + GRACE) * scalars.deadline_s + max(scalars.pause_s, _REST_S)
+        return _slowest(scenario) * sum(_durations(scenario)) + waits_s * _DRIFT + SLACK_S
     gossip = scenario.gossip
     waits_s = (gossip.window_s or gossip.deadline_s) + max(gossip.pause_s, _REST_S)
     return _slowest(scenario) * sum(_durations(scenario)) + waits_s * _DRIFT + SLACK_S
+
+
+def _settled_s(scenario: Scenario) -> float:
+    """All rounds, the wait for the others at the end, and time for those who parted to find one log again: links first,
+    then a state's way from neighbour to neighbour."""
+    scalars: ScalarSettings = scenario.scalars
+    rounds_s = (scalars.rounds or 3) * _round_s(scenario) + scalars.wait_at_most_s * _DRIFT
+    settling_s = (MAX_SETTLING + 2) * scalars.deadline_s * _DRIFT
+    step_s = (PATIENCE + 8) * scalars.repair_s * _DRIFT + _fetch_s(scenario)
+    if not scalars.rounds:
+        return _links_s(scenario) + rounds_s
+    return _links_s(scenario) + rounds_s + settling_s + (2 + scenario.nodes // 2) * step_s
 
 
 def _final_s(scenario: Scenario) -> float:
@@ -373,7 +439,12 @@ def _slowest(scenario: Scenario) -> float:
 
 
 def _durations(scenario: Scenario) -> tuple[float, float, float]:
-    devices = scenario.devices
+    """Of the pieces of work that a round may have."""
+    devices, scalars = scenario.devices, scenario.scalars
+    if scenario.learning == "scalars":
+        # All that was ever said, from the base.
+        most = (scalars.rounds or 1000) * scenario.nodes * scalars.samples
+        return devices.estimate_s * scalars.samples, devices.replay_s * most, devices.evaluate_s
     return devices.train_s, devices.aggregate_s, devices.evaluate_s
 
 

@@ -8,11 +8,27 @@ more is never computed, and its row is free again. Values are made after those t
 they were made is an order in which they can be computed.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
+from weakref import WeakValueDictionary
 from weakref import ref as weak
 
-from sim.orders import Begin, Computer, Measure, Merge, MergeInput, Program, Train
+from sim.orders import (
+    NO_SLOT,
+    Begin,
+    Computer,
+    Counted,
+    Estimate,
+    Measure,
+    Merge,
+    MergeInput,
+    Program,
+    Replay,
+    ReplayedRound,
+    Step,
+    Train,
+)
 
 NO_ROW = -1
 
@@ -33,6 +49,27 @@ class Value:
             self._free.append(self.row)
 
 
+class Codes:
+    """The scalars of one author in one round, perhaps not measured yet. They have a slot as a model has a row."""
+
+    __slots__ = ("__weakref__", "_free", "level", "node", "num_samples", "round", "slot", "source")
+
+    def __init__(
+        self, free: list[int], source: Value | None, node: int, round_: int, num_samples: int
+    ) -> None:
+        self.slot = NO_SLOT
+        self.level = 0
+        self.source = source
+        self.node = node
+        self.round = round_
+        self.num_samples = num_samples
+        self._free = free
+
+    def __del__(self) -> None:
+        if self.slot != NO_SLOT:
+            self._free.append(self.slot)
+
+
 class Metrics(dict[str, float]):
     """What was measured: empty until it is computed."""
 
@@ -44,6 +81,22 @@ class Received(NamedTuple):
     weight: float
     staleness: int
     peer: str
+
+
+class Scalars(NamedTuple):
+    """One record of a replayed round: deferred codes, or such as came from nowhere in this world."""
+
+    author: bytes
+    codes: Codes | bytes
+
+
+class Round(NamedTuple):
+    """One replayed round, as `protocols.events.RoundScalars`."""
+
+    round: int
+    scale: float
+    decay: float
+    scalars: Sequence[Scalars]
 
 
 class _Began(Value):
@@ -86,8 +139,26 @@ class _Merged(Value):
         self.rule = rule
 
 
-_Put = _Began | _Trained | _Merged
-"""A value that is put off. Computed, it lets go of what it is made from."""
+class Applied(NamedTuple):
+    """One round of a replay. state: a digest of all that was applied from the base to here, which names the state."""
+
+    state: bytes
+    make: Callable[[], Round]
+    """Called where nobody has this state yet."""
+
+
+class _Replayed(Value):
+    __slots__ = ("node", "round", "source")
+
+    def __init__(self, free: list[int], source: Value, round_: Round, node: int) -> None:
+        super().__init__(free)
+        self.source: Value | None = source
+        self.round: Round | None = round_
+        self.node = node
+
+
+_Put = _Began | _Trained | _Merged | _Replayed | Codes
+"""What is put off. Computed, it lets go of what it is made from."""
 
 
 class _UnderWay(NamedTuple):
@@ -116,6 +187,11 @@ class Learning(Protocol):
         rule: str = "round",
     ) -> Value: ...
 
+    def estimate(self, source: Value, node: int, round_: int, num_samples: int) -> Codes: ...
+
+    def replay(self, source: Value, rounds: Sequence[Applied], node: int) -> Value:
+        """Apply rounds one after the other. Equal states are one value, computed once."""
+
     def measure(self, value: Value, node: int) -> Metrics:
         """The task's metrics: empty now, filled by the time `flush` returns."""
 
@@ -139,15 +215,31 @@ class Graph:
 
     max_pending: orders held back before all of them are computed: a bound on memory, without influence on results
         beyond rounding.
-    on_failure: told the node and the reason of every training and merge that gave nothing usable. The model it
-        began with then stands for its result.
+    on_failure: told the node and the reason of every piece of work that gave nothing usable. The model it began with
+        then stands for its result, and zeros for scalars.
+    share: whether equal states are one value. Tests compute each by itself to see that they are equal.
+    max_recent: replayed states that are kept though nobody has them any more, since others may soon begin with them.
 
     While one batch is computed the next one gathers. What is in which batch, and what is told when, depends on the
     orders alone.
     """
 
-    def __init__(self, computer: Computer, max_pending: int, on_failure: Callable[[int, str], None]) -> None:
+    def __init__(
+        self,
+        computer: Computer,
+        max_pending: int,
+        on_failure: Callable[[int, str], None],
+        *,
+        share: bool = True,
+        max_recent: int = 0,
+    ) -> None:
         self._computer = computer
+        self._share = share
+        self._states: WeakValueDictionary[bytes, Value] = WeakValueDictionary()
+        """By what was applied to get there."""
+        self._recent: deque[Value] = deque(maxlen=max_recent)
+        self._free_slots: list[int] = []
+        self._num_slots = 0
         self._max_pending = max_pending
         self._on_failure = on_failure
         self._pending: list[weak[_Put]] = []
@@ -182,6 +274,23 @@ class Graph:
     ) -> Value:
         return self._add(_Merged(self._free, own, own_weight, inputs, node, life, rule))
 
+    def estimate(self, source: Value, node: int, round_: int, num_samples: int) -> Codes:
+        codes = Codes(self._free_slots, source, node, round_, num_samples)
+        self._put_off(codes)
+        return codes
+
+    def replay(self, source: Value, rounds: Sequence[Applied], node: int) -> Value:
+        value, first = source, 0
+        if self._share:  # what went before the last rounds is the same for most
+            for place in range(len(rounds) - 1, -1, -1):
+                known = self._states.get(rounds[place].state)
+                if known is not None:
+                    value, first = known, place + 1
+                    break
+        for state, make in rounds[first:]:
+            value = self._states[state] = self._add(_Replayed(self._free, value, make(), node))
+        return value
+
     def measure(self, value: Value, node: int) -> Metrics:
         answer = Metrics()
         self._measures.append((value, node, answer))
@@ -200,11 +309,14 @@ class Graph:
     def later(self, tell: Callable[[], None]) -> None:
         self._to_tell.append(tell)
 
-    def _add(self, value: _Put) -> Value:
-        self._pending.append(weak(value))
+    def _add(self, value: _Began | _Trained | _Merged | _Replayed) -> Value:
+        self._put_off(value)
+        return value
+
+    def _put_off(self, thing: _Put) -> None:
+        self._pending.append(weak(thing))
         if len(self._pending) >= self._max_pending:
             self._hand_over()
-        return value
 
     # --- computing --------------------------------------------------------------------------------------
     def flush(self) -> None:
@@ -234,7 +346,7 @@ class Graph:
         )
         self._measures, self._comparisons, self._means, self._to_tell = [], [], [], []
 
-    def _plan(self) -> list[tuple[list[Begin], list[Train], list[Merge]]]:
+    def _plan(self) -> list[Step]:
         """Turn what is pending into steps, and give every value its row.
 
         From here on a value counts as computed: whatever is ordered next comes after this program.
@@ -254,29 +366,33 @@ class Graph:
             del levels[level]
         return steps
 
-    def _step(self, values: list[_Put]) -> tuple[list[Begin], list[Train], list[Merge]]:
+    def _step(self, values: list[_Put]) -> Step:
         """One level, which is of one kind."""
-        step: tuple[list[Begin], list[Train], list[Merge]] = ([], [], [])
-        rows = [self._free_row() for _ in values]
-        for row, value in zip(rows, values, strict=True):
+        step: tuple[list[Begin], list[Train], list[Merge], list[Estimate], list[Replay]] = (
+            [],
+            [],
+            [],
+            [],
+            [],
+        )
+        places = [self._free_slot() if type(value) is Codes else self._free_row() for value in values]
+        for place, value in zip(places, values, strict=True):
             if type(value) is _Trained and value.source is not None:
-                step[1].append(Train(row, value.source.row, value.node, value.round))
+                step[1].append(Train(place, value.source.row, value.node, value.round))
             elif type(value) is _Merged and value.own is not None:
-                inputs = [MergeInput(v.row, weight, stale, peer) for v, weight, stale, peer in value.inputs]
-                own = value.own.row
-                step[2].append(
-                    Merge(row, own, value.own_weight, tuple(inputs), value.node, value.life, value.rule)
-                )
+                step[2].append(_merge(place, value, value.own))
+            elif type(value) is Codes and value.source is not None:
+                step[3].append(Estimate(place, value.source.row, value.node, value.round, value.num_samples))
+            elif type(value) is _Replayed and value.source is not None and value.round is not None:
+                step[4].append(Replay(place, value.source.row, (_replayed_round(value.round),), value.node))
             elif type(value) is _Began:
-                step[0].append(Begin(row, value.seed))
+                step[0].append(Begin(place, value.seed))
         # Only now: no row of this step may be read and given away in it.
-        for row, value in zip(rows, values, strict=True):
-            value.row, value.level = row, 0
-            if type(value) is _Trained:
-                value.source = None
-            elif type(value) is _Merged:
-                value.own, value.inputs = None, ()
-        return step
+        for place, value in zip(places, values, strict=True):
+            if type(value) is _Replayed:
+                self._recent.append(value)
+            _done(value, place)
+        return Step(*step)
 
     def _await(self) -> None:
         under_way, self._under_way = self._under_way, None
@@ -300,6 +416,46 @@ class Graph:
         self._num_rows += 1
         return self._num_rows - 1
 
+    def _free_slot(self) -> int:
+        if self._free_slots:
+            return self._free_slots.pop()
+        self._num_slots += 1
+        return self._num_slots - 1
+
+
+def _merge(row: int, value: _Merged, own: Value) -> Merge:
+    inputs = [MergeInput(v.row, weight, stale, peer) for v, weight, stale, peer in value.inputs]
+    return Merge(row, own.row, value.own_weight, tuple(inputs), value.node, value.life, value.rule)
+
+
+def _replayed_round(round_: Round) -> ReplayedRound:
+    number, scale, decay, scalars = round_
+    return ReplayedRound(
+        number,
+        scale,
+        decay,
+        tuple(
+            Counted(author, codes.slot) if isinstance(codes, Codes) else Counted(author, NO_SLOT, codes)
+            for author, codes in scalars
+        ),
+    )
+
+
+def _done(value: _Put, place: int) -> None:
+    """It has its place, and refers to nothing any more."""
+    value.level = 0
+    if type(value) is Codes:
+        value.slot, value.source = place, None
+        return
+    assert not isinstance(value, Codes)
+    value.row = place
+    if type(value) is _Trained:
+        value.source = None
+    elif type(value) is _Merged:
+        value.own, value.inputs = None, ()
+    elif type(value) is _Replayed:
+        value.source = value.round = None
+
 
 def _alive(references: Iterable[weak[_Put]]) -> Iterable[_Put]:
     for reference in references:
@@ -309,15 +465,21 @@ def _alive(references: Iterable[weak[_Put]]) -> Iterable[_Put]:
 
 
 def _level(value: _Put) -> int:
-    """When it can be computed. Trainings stand on odd levels and merges on even ones, so that nodes in different
-    phases of their rounds still share a batch."""
-    if type(value) is _Trained and value.source is not None:
+    """When it can be computed. Trainings and estimates stand on odd levels, merges and replays on even ones, so that
+    nodes in different phases of their rounds still share a batch. A world has one of both kinds of learning."""
+    if (type(value) is _Trained or type(value) is Codes) and value.source is not None:
         return value.source.level + 2 - (value.source.level + 1) % 2
     if type(value) is _Merged and value.own is not None:
         level = value.own.level
         for item in value.inputs:
             if item.value.level > level:
                 level = item.value.level
+        return level + 2 - level % 2
+    if type(value) is _Replayed and value.source is not None and value.round is not None:
+        level = value.source.level
+        for _, codes in value.round.scalars:
+            if type(codes) is Codes and codes.level > level:
+                level = codes.level
         return level + 2 - level % 2
     return 0
 
@@ -327,6 +489,7 @@ class Surrogate:
 
     def __init__(self) -> None:
         self._nothing = Value([])
+        self._no_codes = Codes([], None, 0, 0, 0)
 
     def begin(self, seed: int) -> Value:
         return self._nothing
@@ -343,6 +506,12 @@ class Surrogate:
         life: int,
         rule: str = "round",
     ) -> Value:
+        return self._nothing
+
+    def estimate(self, source: Value, node: int, round_: int, num_samples: int) -> Codes:
+        return self._no_codes
+
+    def replay(self, source: Value, rounds: Sequence[Applied], node: int) -> Value:
         return self._nothing
 
     def measure(self, value: Value, node: int) -> Metrics:

@@ -29,6 +29,8 @@ ROUNDS_PUT_OFF = 2
 """Rounds of all nodes that are held back, where the scenario does not say how many orders. Fewer make smaller batches;
 with more, less of the computing goes on beside the events."""
 
+MAX_RECENT, RECENT_BYTES = 4, 200_000_000
+"""Replayed states that are kept for others to begin with: so many for each node, and no more than this memory holds."""
 PATHS = {
     "task.name": "data.task",
     "task.options": "data.options",
@@ -46,13 +48,14 @@ def peer_name(index: int) -> PeerId:
 class Facts(Struct, frozen=True, array_like=True):
     """What a world knows of the models.
 
-    num_samples: training samples of each node.
+    num_samples: training samples of each node. base: stands for the model that all begin with, where they begin with one.
     """
 
     task_name: str
     schema: bytes
     model_bytes: int
     num_samples: list[int]
+    base: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -101,8 +104,15 @@ def make_engine(scenario: Scenario, base: Path) -> tuple["LocalEngine", Facts]:
         names,
         final_rule=_final_rule(scenario),
         held_out=held_out,
+        scalars=scenario.scalars if scenario.learning == "scalars" else None,
+        base=facts.base,
     )
     return engine, facts
+
+
+def _base_of(schema: bytes, seed: int) -> bytes:
+    """Stands for the model that all begin with, in place of its digest: as good as that, and had without the model."""
+    return hashlib.sha256(b"covey simulated base\0" + schema + str(seed).encode()).digest()
 
 
 def _final_rule(scenario: Scenario) -> tuple[str | dict[str, Any], ...] | None:
@@ -137,15 +147,18 @@ def _read(scenario: Scenario, base: Path) -> tuple["Task", list["Indices"], list
     final_rule = _final_rule(scenario)
     held_out = None
     judges_final = scenario.gossip.final_keep == "better"
-    if judges(build_rules(rule_specs(scenario.rule), final_rule, judges_final)):
+    exchanges_models = scenario.learning == "gossip"
+    if exchanges_models and judges(build_rules(rule_specs(scenario.rule), final_rule, judges_final)):
         both = [hold_out(part, scenario.training.validation) for part in parts]
         parts, held_out = [own for own, _ in both], [held for _, held in both]
     params = initial_params(task, scenario.seed)
+    schema = schema_hash(task.name, schema_of(params))
     facts = Facts(
         task_name=task.name,
-        schema=schema_hash(task.name, schema_of(params)),
+        schema=schema,
         model_bytes=len(encode_params(params)),
         num_samples=[len(part) for part in parts],
+        base=_base_of(schema, scenario.seed),
     )
     return task, parts, held_out, facts
 
@@ -210,13 +223,16 @@ def plan_learning(
     Raises ConfigError where task, data or rule cannot be used.
     """
     if scenario.dry_run:
+        schema = hashlib.sha256(b"dry run").digest()
         facts = Facts(
             task_name=scenario.data.task,
-            schema=hashlib.sha256(b"dry run").digest(),
+            schema=schema,
             model_bytes=scenario.data.model_bytes,
             num_samples=[scenario.data.samples_per_node or 1] * scenario.nodes,
+            base=_base_of(schema, scenario.seed),
         )
         return Plan(Surrogate(), None, facts)
     computer, facts = make_computer(scenario, base)
     pending = scenario.compute.max_pending or 2 * ROUNDS_PUT_OFF * scenario.nodes
-    return Plan(Graph(computer, pending, on_failure), computer, facts)
+    recent = min(MAX_RECENT * scenario.nodes, RECENT_BYTES // facts.model_bytes)
+    return Plan(Graph(computer, pending, on_failure, max_recent=recent), computer, facts)

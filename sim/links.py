@@ -9,7 +9,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from msgspec import Meta, Struct
 
@@ -18,7 +18,7 @@ from protocols.blob import num_chunks
 from protocols.codec import encode, link_decoder
 from protocols.errors import ConfigError, PeerError
 from protocols.events import DialFailed, Fetched, FetchFailed, LinkDown, LinkUp, Received
-from protocols.messages import AskPeers, Bye, Decline, Heartbeat, Hello, LinkMessage, Offer, Peers, Refuse
+from protocols.messages import AskPeers, Bye, Decline, Heartbeat, Hello, LinkMessage, Offer
 from protocols.vocabulary import DIGEST_BYTES, Digest, ModelRef, PeerId, Reason, peer_of
 from sim.clock import VirtualClock
 from sim.latency import OneWay, constant, lognormal, matrix, read_matrix
@@ -221,9 +221,7 @@ class SimNetwork:
         self.plain = True
         """Whether a message is simply there one latency later: the short way through `send`."""
         self._choose_way()
-        self.counts: dict[type, int] = dict.fromkeys(
-            (Hello, Refuse, Heartbeat, AskPeers, Peers, Offer, Decline, Bye), 0
-        )
+        self.counts: dict[type, int] = dict.fromkeys(get_args(LinkMessage), 0)
         self.control_bytes = 0
         """Of all link messages sent."""
         self.model_bytes = 0

@@ -51,6 +51,45 @@ class Merge(NamedTuple):
     rule: str = "round"
 
 
+class Estimate(NamedTuple):
+    """So many scalars of `node` in `round`, measured at the model in `source`: their codes go into `slot`."""
+
+    slot: int
+    source: int
+    node: int
+    round: int
+    num_samples: int
+
+
+class Counted(NamedTuple):
+    """One author's scalars in a replayed round: the codes in `slot`, or, where that is NO_SLOT, `codes`."""
+
+    author: bytes
+    slot: int
+    codes: bytes = b""
+
+
+NO_SLOT = -1
+
+
+class ReplayedRound(NamedTuple):
+    """As `protocols.events.RoundScalars`."""
+
+    round: int
+    scale: float
+    decay: float
+    scalars: tuple[Counted, ...]
+
+
+class Replay(NamedTuple):
+    """Apply rounds to the model in `source`, in order, into `row`. node: who asked first."""
+
+    row: int
+    source: int
+    rounds: tuple[ReplayedRound, ...]
+    node: int
+
+
 class Measure(NamedTuple):
     """The task's metrics of the model in `row`, as `node.training.evaluate`."""
 
@@ -58,17 +97,26 @@ class Measure(NamedTuple):
     node: int
 
 
+class Step(NamedTuple):
+    """Orders of one kind, in one of the lists; the others are empty. They do not depend on each other."""
+
+    begins: Sequence[Begin] = ()
+    trains: Sequence[Train] = ()
+    merges: Sequence[Merge] = ()
+    estimates: Sequence[Estimate] = ()
+    replays: Sequence[Replay] = ()
+
+
 class Program(Struct, frozen=True, array_like=True):
-    """A batch of work, in an order in which it can be done. The orders of one step do not depend on each other.
+    """A batch of work, in an order in which it can be done.
 
     num_rows: rows that the engine needs room for.
-    steps: one of the three lists of each step holds its orders, the others are empty.
     comparisons: rows whose consensus distance is wanted, each list for itself.
     merged: rows whose mean is to be measured, each list for itself.
     """
 
     num_rows: int
-    steps: list[tuple[list[Begin], list[Train], list[Merge]]]
+    steps: list[Step]
     measures: list[Measure]
     comparisons: list[list[int]]
     merged: list[list[int]] = []
@@ -77,7 +125,7 @@ class Program(Struct, frozen=True, array_like=True):
 class Answers(Struct, frozen=True, array_like=True):
     """What came of a program.
 
-    failures: node and reason of every training and merge that gave nothing usable.
+    failures: node and reason of every piece of work that gave nothing usable.
     metrics, distances, merged: of its measures, comparisons and means, in their order.
     """
 
@@ -92,7 +140,7 @@ class Engine(Protocol):
 
     The orders of one call do not depend on each other: no row is written that another order of the call reads, but
     an order's own `source` or `own` may be its `row`. A list of answers has the order of the orders. A failure is an
-    answer, never an exception: the order's `row` then holds what `source` or `own` held.
+    answer, never an exception: the order's `row` then holds what `source` or `own` held, and its `slot` zeros.
     """
 
     def reserve(self, num_rows: int) -> None:
@@ -104,6 +152,10 @@ class Engine(Protocol):
         """Per order "" or why it failed, in one line."""
 
     def merge(self, orders: Sequence[Merge]) -> list[str]: ...
+
+    def estimate(self, orders: Sequence[Estimate]) -> list[str]: ...
+
+    def replay(self, orders: Sequence[Replay]) -> list[str]: ...
 
     def measure(self, orders: Sequence[Measure]) -> list[dict[str, float]]: ...
 
@@ -123,13 +175,17 @@ def run_program(engine: Engine, program: Program) -> Answers:
     """Do a program, step by step."""
     engine.reserve(program.num_rows)
     failures: list[tuple[int, str]] = []
-    for begins, trains, merges in program.steps:
+    for begins, trains, merges, estimates, replays in program.steps:
         if begins:
             engine.begin(begins)
         if trains:
             failures += _failed(trains, engine.train(trains))
         if merges:
             failures += _failed(merges, engine.merge(merges))
+        if estimates:
+            failures += _failed(estimates, engine.estimate(estimates))
+        if replays:
+            failures += _failed(replays, engine.replay(replays))
     return Answers(
         failures=failures,
         metrics=engine.measure(program.measures) if program.measures else [],
@@ -138,7 +194,9 @@ def run_program(engine: Engine, program: Program) -> Answers:
     )
 
 
-def _failed(orders: Sequence[Train | Merge], details: Sequence[str]) -> list[tuple[int, str]]:
+def _failed(
+    orders: Sequence[Train | Merge | Estimate | Replay], details: Sequence[str]
+) -> list[tuple[int, str]]:
     return [(order.node, detail) for order, detail in zip(orders, details, strict=True) if detail]
 
 

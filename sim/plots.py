@@ -53,6 +53,10 @@ LIGHT = {
     "c6": "#e34948",
     "c7": "#e87ba4",
     "c8": "#008300",
+    "c9": "#00838f",
+    "c10": "#8d5a2b",
+    "c11": "#6b7280",
+    "c12": "#7a8b00",
 }
 DARK = {
     "page": "#0d0d0d",
@@ -69,6 +73,10 @@ DARK = {
     "c6": "#ec6f6f",
     "c7": "#dd6190",
     "c8": "#3fa53f",
+    "c9": "#2bb3c4",
+    "c10": "#b98a5e",
+    "c11": "#9ca3af",
+    "c12": "#a9b935",
 }
 SERIES = [f"c{number}" for number in range(1, 9)]
 KIND_COLOURS = {
@@ -80,6 +88,13 @@ KIND_COLOURS = {
     "ask": "c7",
     "bye": "c8",
     "refuse": "c6",
+    # Of networks that learn by scalars, in which nothing is offered.
+    "scalars": "c1",
+    "ranges": "c4",
+    "marks": "c9",
+    "terms": "c10",
+    "holding": "c11",
+    "pull": "c12",
 }
 """A kind has its colour whichever others there are."""
 

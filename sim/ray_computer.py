@@ -127,7 +127,7 @@ class Sharding:
         """
         places = itertools.count()
         steps = []
-        for begins, trains, merges in program.steps:
+        for begins, trains, merges, _, _ in program.steps:
             self._open()
             for begin in begins:
                 self._leave(begin.row)
@@ -401,6 +401,8 @@ def compute_on_ray(address: str | None, num_actors: int | None = None) -> MakeCo
 def _make_computer(
     address: str | None, num_actors: int | None, scenario: Scenario, base: Path
 ) -> tuple[Computer, Facts]:
+    if scenario.learning == "scalars":
+        raise ConfigError("--ray", "scalars are computed on one machine", ["leave --ray out"])
     stack = ExitStack()
     try:
         ray = stack.enter_context(ray_at(address))

@@ -137,8 +137,25 @@ def _headline(run: Run) -> Iterator[tuple[str, str, str]]:
     if have("virtual_s"):
         wall = f"{_duration(result['wall_s'])} of real time" if have("wall_s") else ""
         yield "Virtual time", _duration(result["virtual_s"]), wall
+    if have("scalars"):
+        scalars = result["scalars"]
+        yield "Final states", str(scalars["num_states"]), "different ones among the nodes that finished"
+        yield "Log", f"{count_text(scalars['log_records'])} records", bytes_text(scalars["log_bytes"])
+        repair = scalars["compared_bytes"] + scalars["served_bytes"]
+        yield (
+            "Repair",
+            bytes_text(repair),
+            f"beside {bytes_text(scalars['flooded_bytes'])} of flooded records",
+        )
+        if scalars["catch_up_median_s"] is not None:
+            yield (
+                "Caught up",
+                _duration(scalars["catch_up_median_s"]),
+                f"median of {scalars['caught_up']:,} late starts, {_duration(scalars['catch_up_max_s'])} at most",
+            )
     if have("failed_work"):
-        yield "Failed work", count_text(result["failed_work"]), "trainings and merges"
+        kinds = "estimates and replays" if have("scalars") else "trainings and merges"
+        yield "Failed work", count_text(result["failed_work"]), kinds
     if have("refused"):
         refused = sorted(result["refused"].items(), key=lambda item: (-item[1], item[0]))
         most = ", ".join(f"{count:,} {reason}" for reason, count in refused[:3])

@@ -99,6 +99,37 @@ class Overlay(Struct, frozen=True):
     links: list[tuple[int, int]]
 
 
+class ScalarFigures(Struct, frozen=True):
+    """What learning by scalars cost and came to. Bytes are those sent, all nodes together."""
+
+    num_states: int
+    """Different final states among the live nodes that did all their rounds: 1, or the log fell apart."""
+    log_records: int
+    """That counted, all rounds together, at the node that has most."""
+    log_bytes: int
+    """Of these records as they are written."""
+    held_records: float
+    """Mean over the live nodes: what is not cut yet."""
+    signed_records: int
+    """By all authors, those too that came too late to count."""
+    flooded_bytes: int
+    """Of records passed on when they were new."""
+    served_bytes: int
+    """Of records sent because another log lacked them."""
+    compared_bytes: int
+    """Of what finds out which are lacking: ranges, holdings, pulls."""
+    marks_bytes: int
+    """Of terms and marks."""
+    caught_up: int
+    """Starts, of late joiners and restarted nodes, after which a node came to where the others are."""
+    catch_up_median_s: float | None
+    catch_up_max_s: float | None
+    """From such a start to the first round that the node began, the first state that it sealed, or its end, with the log
+    of most others and in no earlier round than most others."""
+    behind: int
+    """Live nodes that had not come so far at the end."""
+
+
 class Result(Struct, frozen=True):
     """What a run gave; equal for equal scenarios, up to the rounding of accuracies. Accuracies are the task's first
     metric, over the evaluated nodes that are online or have finished at the end."""
@@ -120,7 +151,7 @@ class Result(Struct, frozen=True):
     fetches: int
     refused: dict[str, int]
     failed_work: int
-    """Trainings and merges without a usable result, after which a node went on with the model it had."""
+    """Work without a usable result, after which a node went on with the model it had, or said nothing but zeros."""
     virtual_s: float
     nodes: int
     alive: int
@@ -132,6 +163,8 @@ class Result(Struct, frozen=True):
     """Of the mean of the evaluated nodes' models, measured last (`evaluation.merged`)."""
     final_merged_accuracy: float | None = None
     """Mean over the nodes of the final merge's model, as each of them measured its own, whether it kept it or not."""
+    scalars: ScalarFigures | None = None
+    """Where nodes learn by scalars."""
 
 
 class Run(Struct, frozen=True):

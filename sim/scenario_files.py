@@ -38,6 +38,7 @@ OWNED = {
     "view.target_degree": "topology.degree",
     "view.max_degree": "topology.degree",
     "gossip.evaluate_every": "evaluation.every",
+    "scalars.evaluate_every": "evaluation.every",
 }
 """Fields of a daemon that a scenario sets by another one."""
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
@@ -201,7 +202,13 @@ def _check_devices(scenario: Scenario) -> None:
 
 def _check_pace(scenario: Scenario) -> None:
     """Rounds have to take time, or the clock would stand still."""
-    devices, gossip = scenario.devices, scenario.gossip
+    devices, gossip, scalars = scenario.devices, scenario.gossip, scenario.scalars
+    if scenario.learning == "scalars":
+        if not (devices.estimate_s or devices.replay_s or scalars.pause_s):
+            raise ConfigError(
+                "devices.estimate_s", "a round would take no time", ["more than 0", "scalars.pause_s above 0"]
+            )
+        return
     if not (devices.train_s or devices.aggregate_s or devices.evaluate_s or gossip.pause_s or gossip.quorum):
         raise ConfigError(
             "devices.train_s", "a round would take no time", ["more than 0", "gossip.pause_s above 0"]

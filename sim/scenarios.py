@@ -11,6 +11,7 @@ from msgspec import Meta, Struct, field
 from node.settings import TrainingSettings
 from protocols.exchange import ExchangeSettings
 from protocols.gossip import GossipSettings
+from protocols.scalar_terms import ScalarSettings
 from protocols.view import ViewSettings
 from sim.churn import ChurnSettings
 from sim.links import LinkSettings
@@ -39,7 +40,7 @@ class DataSettings(Struct, frozen=True, forbid_unknown_fields=True):
     """Every node draws so many training samples, and several may hold the same one: for more nodes than the data
     can be dealt to. Only with `iid`. Left out, the data is dealt and every sample has one owner."""
     start: Literal["different", "common"] = "different"
-    """Whether nodes begin from different random models or from one."""
+    """Whether nodes begin from different random models or from one. Who learns by scalars begins from one in any case."""
     model_bytes: Annotated[int, Meta(ge=1)] = 20_000
     """A model's size in a dry run, which loads no task."""
 
@@ -69,6 +70,11 @@ class DeviceClass(Struct, frozen=True, forbid_unknown_fields=True):
 class DeviceSettings(Struct, frozen=True, forbid_unknown_fields=True):
     """How long work takes, in virtual seconds, and how well clocks run."""
 
+    estimate_s: Annotated[float, Meta(ge=0)] = 0.02
+    """One scalar of `learning = "scalars"`: two forward passes of a batch."""
+    replay_s: Annotated[float, Meta(ge=0)] = 0.00001
+    """Applying one scalar. It takes no forward pass, only the direction: a hundredth of an estimate for a batch of a few
+    numbers, a thousandth and less for one of sentences. A round has those of all nodes."""
     train_s: Annotated[float, Meta(ge=0)] = 0.5
     """One round's training. Measure it on a device: it is most of a round's length."""
     aggregate_s: Annotated[float, Meta(ge=0)] = 0.05
@@ -133,6 +139,9 @@ class Scenario(Struct, frozen=True, forbid_unknown_fields=True):
     """Virtual time after which the run ends in any case."""
     dry_run: bool = False
     """The whole network without the learning: no task is loaded, nothing is computed, there is no accuracy."""
+    learning: Literal["gossip", "scalars"] = "gossip"
+    """What is exchanged: whole models (`gossip`), or one byte for each estimate of a gradient, from which every node
+    rebuilds the same model (`scalars`). The tables of the other one then mean nothing."""
     rule: str | tuple[str | dict[str, Any], ...] = "corrected"
     """Merge rules in order, as in a node's config. A string joins names with `+`; `corrected` is short for
     `mean+variance.corrected`."""
@@ -146,6 +155,10 @@ class Scenario(Struct, frozen=True, forbid_unknown_fields=True):
     gossip: GossipSettings = field(
         default_factory=lambda: GossipSettings(rounds=40, quorum=1.0, deadline_s=5.0, pause_s=0.0)
     )
+    scalars: ScalarSettings = field(
+        default_factory=lambda: ScalarSettings(rounds=100, samples=4, learning_rate=0.05, deadline_s=5.0)
+    )
+    """Batches have the size of `training.batch_size`; nothing else of `training` counts."""
     exchange: ExchangeSettings = field(default_factory=ExchangeSettings)
     view: ViewSettings = field(default_factory=ViewSettings)
     """Heartbeats and redialling. `bootstrap`, `static` and the degrees come from the topology."""

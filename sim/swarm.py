@@ -4,7 +4,6 @@ Belongs here: running seeds with all checkers on, in this process or in several,
 can be had again. What is drawn is said in `faults.py`, what is checked in `checkers.py`.
 """
 
-import random
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -14,13 +13,15 @@ from multiprocessing import get_context
 
 from msgspec import Struct
 
-from node.core import CoreSettings, NodeCore
-from protocols.vocabulary import PeerId
+from node.core import NodeCore
 from sim.checkers import Checkers, Violation
 from sim.faults import describe, draw_faults, limits_of, liveness_of
+from sim.scalar_checkers import apart
 from sim.world import World
 
-MakeCore = Callable[[CoreSettings, PeerId, random.Random], NodeCore]
+STEPS_BETWEEN_LOOKS = 256
+"""At whether all logs agree."""
+MakeCore = Callable[..., NodeCore]
 
 
 class SwarmOutcome(Struct, frozen=True):
@@ -55,6 +56,7 @@ def run_seed(seed: int, core: MakeCore = NodeCore) -> SwarmOutcome:
         trace_hash = world.run().trace_hash
         liveness = liveness_of(adversity)
         _go_on(world, liveness.stops_at_s + liveness.links_s)
+        _settle(world, liveness.stops_at_s + liveness.settled_s)
         checkers.finish(world.clock.now())
         liveness.check(world, checkers)
     except Violation as error:
@@ -82,6 +84,19 @@ def _go_on(world: World, until_s: float) -> None:
         return
     while (due_s := world.clock.due_at()) is not None and due_s <= until_s:
         world.clock.step()
+
+
+def _settle(world: World, until_s: float) -> None:
+    """Nodes that have parted go on finding each other after their last round: until they have, or had the time for it."""
+    if until_s == inf:
+        return
+    steps = 0
+    while (due_s := world.clock.due_at()) is not None and due_s <= until_s:
+        cores = {node.peer: node.core for node in world.nodes if node.online and node.core is not None}
+        if steps % STEPS_BETWEEN_LOOKS == 0 and not apart(cores):
+            return
+        world.clock.step()
+        steps += 1
 
 
 def command_of(seed: int) -> str:

@@ -28,6 +28,8 @@ from protocols.events import (
     Disconnect,
     Effect,
     Emit,
+    Estimate,
+    Estimated,
     Evaluate,
     Evaluated,
     Event,
@@ -37,9 +39,12 @@ from protocols.events import (
     Halt,
     Keep,
     KeepPeer,
+    KeepScalars,
     LearningDone,
     Penalise,
     Record,
+    Replay,
+    Replayed,
     RoundDone,
     Send,
     SetTimer,
@@ -64,7 +69,7 @@ from sim import timeline
 from sim.churn import Change, ChurnEvent, draw_schedule
 from sim.clock import VirtualClock
 from sim.dealing import deal
-from sim.graph import Metrics, Received, Value
+from sim.graph import Codes, Metrics, Received, Value
 from sim.learning import MakeComputer, compute_here, peer_name, plan_learning
 from sim.links import SimNetwork, SimPort, sim_address
 from sim.nat import Nat
@@ -77,9 +82,12 @@ from sim.results import (
     Result,
     RoundRow,
     SampleRow,
+    ScalarFigures,
     TraceBlock,
 )
+from sim.scalar_world import ScalarDisk, ScalarSide, lowest_cut, name_codes
 from sim.scenarios import DeviceClass, Scenario
+from sim.signing import SimSignatures, author_of
 from sim.timeline import Action, TimelineEvent
 from sim.topology import draw_edges
 
@@ -93,6 +101,8 @@ MAX_CONSENSUS = 64
 """Models compared in one measurement of the consensus distance."""
 HALT_S = 1.0
 """From a graceful end to the closing of the node's connections: its goodbyes are on their way."""
+LOOK_AGAIN_S = 1.0
+"""Where all are done and do not agree yet."""
 SILENT_BACKLOG = 4096
 """Events that a silenced node finds when it wakes; older ones are lost."""
 
@@ -143,6 +153,7 @@ class SimNode:
         "clock_rate",
         "core",
         "device",
+        "disk",
         "epoch",
         "evaluates",
         "finished",
@@ -150,6 +161,7 @@ class SimNode:
         "index",
         "last_accuracy",
         "merged_accuracy",
+        "num_estimates",
         "num_models",
         "num_samples",
         "peer",
@@ -179,6 +191,9 @@ class SimNode:
         self.silent = False
         self.backlog: deque[Event] = deque(maxlen=SILENT_BACKLOG)
         self.checkpoint: tuple[ModelRef, Value] | None = None
+        self.disk = ScalarDisk()
+        """Its log, where it learns by scalars."""
+        self.num_estimates = 0
         self.peers: dict[str, PeerRecord] = {}
         self.view = ViewSettings()
         self.accuracy: dict[int, float] = {}
@@ -205,7 +220,8 @@ class World:
 
     base: the folder from which the scenario's relative paths start.
     checkers: asked after every event; what they raise ends the run.
-    core: makes the nodes' cores, for tests that break one.
+    core: makes the nodes' cores, for tests that break one. Called as `NodeCore` is, the signatures left out where
+        nothing is signed.
     trace_events: tells `observer.event` of every event: for comparing two runs.
     end_after: the run ends with this event, if it comes so far.
     make_computer: says where what is learned is computed.
@@ -220,7 +236,7 @@ class World:
         *,
         observer: Observer | None = None,
         checkers: Checking | None = None,
-        core: Callable[[CoreSettings, PeerId, random.Random], NodeCore] = NodeCore,
+        core: Callable[..., NodeCore] = NodeCore,
         trace_events: bool = False,
         end_after: int = sys.maxsize,
         make_computer: MakeComputer = compute_here,
@@ -254,6 +270,11 @@ class World:
         self._evaluate_s = scenario.devices.evaluate_s
         self.plan = plan_learning(scenario, self._base, self._work_failed, make_computer)
         self._learning = self.plan.learning
+        self._scalars: ScalarSide | None = None
+        if scenario.learning == "scalars":
+            self._scalars = ScalarSide(ModelRef(self.plan.facts.base, self.plan.facts.model_bytes, 0, 1))
+        self._event: Event | None = None
+        """What the core answers at the moment."""
         try:
             self._prepare()
         except BaseException:
@@ -312,11 +333,18 @@ class World:
             task=self.plan.facts.task_name,
             schema=SchemaHash(self.plan.facts.schema),
             max_model_bytes=self.plan.facts.model_bytes,
+            learning=scenario.learning,
             exchange=scenario.exchange,
             gossip=replace(scenario.gossip, evaluate_every=scenario.evaluation.every),
+            scalars=replace(scenario.scalars, evaluate_every=scenario.evaluation.every),
+            base=self.plan.facts.base,
+            members=frozenset(author_of(PeerId(peer)) for peer in scenario.scalars.members),
         )
-        never = replace(scenario.gossip, evaluate_every=MAX_ROUND + 1)
-        self._unmeasured = replace(self._measured, gossip=never)
+        self._unmeasured = replace(
+            self._measured,
+            gossip=replace(scenario.gossip, evaluate_every=MAX_ROUND + 1),
+            scalars=replace(scenario.scalars, evaluate_every=MAX_ROUND + 1),
+        )
         count = max(1, round(scenario.evaluation.share * len(self.nodes)))
         chosen = sorted(self._rng("evaluation").sample(range(len(self.nodes)), count))
         for index in chosen:
@@ -423,6 +451,7 @@ class World:
             case Change.WIPE:
                 self._crash(node, wiped=True)
                 node.checkpoint = None
+                node.disk = ScalarDisk()
                 node.peers = {}
             case Change.LEAVE:
                 self._handle(node, node.epoch, StopRequested())
@@ -449,21 +478,41 @@ class World:
         node.port = self._network.join(node.peer, partial(self._handle, node, node.epoch), _admit)
         node.held = cast("dict[bytes, Value]", node.port.endpoint.held)
         settings = self._measured if node.evaluates else self._unmeasured
-        node.core = self._make_core(
-            replace(settings, view=node.view), node.peer, self._rng(f"core {node.index} {node.epoch}")
-        )
+        signs = (SimSignatures(node.peer),) if self._scalars is not None else ()
+        rng = self._rng(f"core {node.index} {node.epoch}")
+        node.core = self._make_core(replace(settings, view=node.view), node.peer, rng, *signs)
         self._settle(node)
         if self._checkers is not None:
             self._checkers.started(node.index, node.core, self.clock.now(), node.epoch)
+        self._handle(node, node.epoch, self._first_event(node))
+
+    def _first_event(self, node: SimNode) -> Started:
+        addresses, peers = (sim_address(node.peer),), tuple(node.peers.values())
+        if self._scalars is not None:
+            self._scalars.began(node.index, self.clock.now(), self._other_cores(node))
+            ref, checkpoint = self._scalars.base, node.disk.checkpoint
+            if checkpoint is None or checkpoint.ref.digest == ref.digest:
+                node.held[ref.digest] = self._first_model(node)
+            else:
+                assert node.checkpoint is not None
+                kept, value = node.checkpoint
+                assert kept.digest == checkpoint.ref.digest, (
+                    "the checkpoint that was sealed is the one that was kept"
+                )
+                node.held[kept.digest] = value
+            return Started(addresses, peers, ref, checkpoint, node.disk.after_checkpoint())
         if node.checkpoint is None:
             node.checkpoint = self._new_ref(node, 0), self._first_model(node)
         ref, value = node.checkpoint
         node.held[ref.digest] = value
-        self._handle(node, node.epoch, Started((sim_address(node.peer),), tuple(node.peers.values()), ref))
+        return Started(addresses, peers, ref)
+
+    def _other_cores(self, node: SimNode) -> list[NodeCore]:
+        return [other.core for other in self.nodes if other.online and other is not node and other.core]
 
     def _first_model(self, node: SimNode) -> Value:
         seed = self.scenario.seed
-        if self.scenario.data.start == "different":
+        if self.scenario.data.start == "different" and self._scalars is None:
             return self._learning.begin(seed * 100_003 + node.index + 1)
         if self._common is None:
             self._common = self._learning.begin(seed)
@@ -486,6 +535,8 @@ class World:
         node.backlog.clear()
         if self._checkers is not None:
             self._checkers.gone(node.index, wiped)
+        if self._scalars is not None:
+            self._scalars.ended(node.index)
         self._settle(node)
 
     def _halted(self, node: SimNode) -> None:
@@ -507,8 +558,17 @@ class World:
 
     def _end_if_settled(self) -> None:
         """Asked once whatever happened at this moment is complete: a node may be down in the middle of its restart."""
-        if not self._num_unsettled:
-            self.clock.stopped = True
+        if self._num_unsettled:
+            return
+        if self._scalars is not None and not self._scalars.has_settled(
+            self.clock.now(), self._finished_cores()
+        ):
+            self.clock.after(LOOK_AGAIN_S, self._end_if_settled)
+            return
+        self.clock.stopped = True
+
+    def _finished_cores(self) -> list[NodeCore]:
+        return [node.core for node in self.nodes if node.online and node.finished and node.core is not None]
 
     # --- events and effects -----------------------------------------------------------------------------
     def _handle(self, node: SimNode, epoch: int, event: Event) -> None:
@@ -524,12 +584,16 @@ class World:
         effects = core.step(node.clock_offset_s + now * node.clock_rate, event)
         if self._checkers is not None:
             self._checkers.after(node.index, now, event, effects)
+        self._event = event
         for effect in effects:
             _PERFORM[type(effect)](self, node, effect)
 
     def _send(self, node: SimNode, effect: Send) -> None:
         assert node.port is not None
+        before = self._network.control_bytes
         node.port.send(effect.peer, effect.message)
+        if self._scalars is not None:
+            self._scalars.sent(effect.message, self._network.control_bytes - before, self._event)
 
     def _set_timer(self, node: SimNode, effect: SetTimer) -> None:
         delay_s = effect.after_s / node.clock_rate
@@ -592,10 +656,51 @@ class World:
         answer = Evaluated(effect.token, metrics)
         self.clock.after(self._evaluate_s * node.speed, self._handle, node, node.epoch, answer)
 
-    def _work(self, node: SimNode, duration_s: float, answer: Trained | Aggregated, value: Value) -> None:
+    def _estimate(self, node: SimNode, effect: Estimate) -> None:
+        assert self._scalars is not None
+        assert node.core is not None
+        codes = self._learning.estimate(
+            node.held[effect.ref.digest], node.index, effect.round, effect.num_samples
+        )
+        self._scalars.went_on(node.index, self.clock.now(), node.core, partial(self._other_cores, node))
+        node.num_estimates += 1
+        named = name_codes(node.index, node.num_estimates, effect.num_samples)
+        duration_s = self.scenario.devices.estimate_s * effect.num_samples * node.speed
+        answer = Estimated(effect.token, named)
+        self.clock.after(duration_s, self._estimated, node, node.epoch, answer, effect.round, codes)
+
+    def _estimated(self, node: SimNode, epoch: int, answer: Estimated, round_: int, codes: Codes) -> None:
+        if node.epoch == epoch and self._scalars is not None:
+            if not self.scenario.dry_run:
+                self._scalars.remember(author_of(node.peer), round_, answer.codes, codes)
+            self._handle(node, epoch, answer)
+
+    def _replay(self, node: SimNode, effect: Replay) -> None:
+        """What the state is worth depends on its name alone; so does its digest, saved or not."""
+        assert self._scalars is not None
+        source, rounds = node.held[effect.ref.digest], []
+        if not self.scenario.dry_run:
+            rounds = self._scalars.applied(node.index, effect.ref.digest, effect.name, effect.rounds)
+        value = self._learning.replay(source, rounds, node.index)
+        ref = ModelRef(effect.name, self.plan.facts.model_bytes, effect.rounds[-1].round, 1)
+        num_scalars = self.scenario.scalars.samples * sum(len(each.records) for each in effect.rounds)
+        self._work(node, self.scenario.devices.replay_s * num_scalars, Replayed(effect.token, ref), value)
+
+    def _keep_scalars(self, node: SimNode, effect: KeepScalars) -> None:
+        assert self._scalars is not None
+        node.disk.keep(effect.records, effect.checkpoint, effect.cut)
+        self._scalars.signed(effect.records, author_of(node.peer))
+        if effect.checkpoint is not None and node.core is not None:
+            self._scalars.went_on(node.index, self.clock.now(), node.core, partial(self._other_cores, node))
+
+    def _work(
+        self, node: SimNode, duration_s: float, answer: Trained | Aggregated | Replayed, value: Value
+    ) -> None:
         self.clock.after(duration_s * node.speed, self._worked, node, node.epoch, answer, value)
 
-    def _worked(self, node: SimNode, epoch: int, answer: Trained | Aggregated, value: Value) -> None:
+    def _worked(
+        self, node: SimNode, epoch: int, answer: Trained | Aggregated | Replayed, value: Value
+    ) -> None:
         if node.epoch == epoch:
             node.held[answer.ref.digest] = value
             self._handle(node, epoch, answer)
@@ -624,6 +729,8 @@ class World:
                 self._learning.later(partial(self._measured_final, now, node, record, went_on_with))
         elif isinstance(record, LearningDone):
             node.finished = True
+            if self._scalars is not None and node.core is not None:
+                self._scalars.went_on(node.index, now, node.core, partial(self._other_cores, node))
             self._settle(node)
             self._end_if_settled()
         elif isinstance(record, Trouble):
@@ -677,6 +784,9 @@ class World:
     def _sample(self) -> None:
         """One row of the time series, now and again later."""
         self._sample_now()
+        if self._scalars is not None:
+            cores = [node.core for node in self.nodes if node.core is not None]
+            self._scalars.forget(lowest_cut(cores, [node.disk for node in self.nodes if node.core is None]))
         self._num_rows += 1
         if self._num_rows % MAX_ROWS == 0:
             self._sample_every_s *= 2
@@ -790,6 +900,8 @@ class World:
     def result(self) -> Result:
         """What the run gave so far. Computes what was put off."""
         self._sample_now()
+        if self._scalars is not None and not self.scenario.dry_run:
+            self._measure_last()
         self._learning.flush()
         last = self._last_accuracies()
         final = [node.merged_accuracy for node in self.nodes if node.merged_accuracy is not None]
@@ -820,7 +932,27 @@ class World:
             timeline_left=self._lines_ahead,
             merged_accuracy=self._merged,
             final_merged_accuracy=statistics.fmean(final) if final else None,
+            scalars=self._scalar_figures(),
         )
+
+    def _scalar_figures(self) -> ScalarFigures | None:
+        if self._scalars is None:
+            return None
+        live = [node.core for node in self.nodes if node.online and node.core is not None]
+        return self._scalars.figures(self._finished_cores(), live)
+
+    def _measure_last(self) -> None:
+        """A node that came to the others' state after its last round has not measured that one."""
+        for node in self.nodes:
+            if node.evaluates and node.finished and node.online and node.core is not None:
+                ref = node.core.model
+                assert ref is not None
+                found = self._learning.measure(node.held[ref.digest], node.index)
+                self._learning.later(partial(self._measured_last, node, found))
+
+    def _measured_last(self, node: SimNode, found: Metrics) -> None:
+        if found:
+            node.last_accuracy = next(iter(found.values()))
 
 
 @contextmanager
@@ -877,6 +1009,9 @@ _PERFORM: dict[type, Callable[[World, SimNode, Any], None]] = {
     Train: World._train,
     Aggregate: World._aggregate,
     Evaluate: World._evaluate,
+    Estimate: World._estimate,
+    Replay: World._replay,
+    KeepScalars: World._keep_scalars,
     Fetch: World._fetch,
     Keep: World._keep,
     Forget: World._forget,

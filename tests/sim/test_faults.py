@@ -45,6 +45,11 @@ def test_the_networks_are_of_all_sorts() -> None:
     assert max(item.nodes for item in scenarios) == 24
     assert 5 <= sum(item.gossip.rounds == 0 for item in scenarios) <= 30
     assert 10 <= sum(item.links.encode for item in scenarios) <= 40
+    scalars = [item.scalars for item in scenarios if item.learning == "scalars"]
+    assert 20 <= len(scalars) <= 45
+    assert {item.quorum for item in scalars} == {0.0, 0.5, 0.8, 1.0}
+    assert {item.late_rounds for item in scalars} == {0, 2, 5}
+    assert min(item.max_authors for item in scalars) < 20
     assert 1 <= sum(not item.dry_run for item in scenarios) <= 10
     assert {item.exchange.max_waiting for item in scenarios} >= {1, 64}
 
@@ -72,14 +77,19 @@ def test_what_is_allowed_follows_from_what_was_drawn() -> None:
     for seed, drawn in enumerate(HUNDRED):
         scenario, limits, live = drawn.scenario, limits_of(drawn), liveness_of(drawn)
         slowest = max([1.0, *(item.slowdown for item in scenario.devices.classes)])
-        assert limits.work_s > scenario.devices.train_s * slowest, f"seed {seed}"
+        scalars = scenario.learning == "scalars"
+        devices, settings = scenario.devices, scenario.scalars if scalars else scenario.gossip
+        work_s = devices.estimate_s * scenario.scalars.samples if scalars else devices.train_s
+        assert limits.work_s > work_s * slowest, f"seed {seed}"
         assert limits.fetch_s > scenario.data.model_bytes / scenario.links.up_bytes_per_s, f"seed {seed}"
         assert limits.dial_s > scenario.links.dial_timeout_s, f"seed {seed}"
         assert limits.since_s == live.stops_at_s == drawn.stops_at_s
-        assert live.round_s > scenario.gossip.deadline_s + scenario.gossip.pause_s
-        assert scenario.at_most_s > drawn.stops_at_s + scenario.gossip.rounds * live.round_s
+        assert live.round_s > settings.deadline_s + settings.pause_s
+        assert scenario.at_most_s > drawn.stops_at_s + settings.rounds * live.round_s
+        assert live.settled_s > scenario.at_most_s or (scalars and scenario.topology.kind == "full")
     looked_at = [liveness_of(drawn).links_s < drawn.scenario.at_most_s for drawn in HUNDRED]
     assert 15 < sum(looked_at) < 90
+    assert any(liveness_of(drawn).settled_s < drawn.scenario.at_most_s for drawn in HUNDRED)
 
 
 def test_a_configuration_can_be_read() -> None:
@@ -98,7 +108,8 @@ def test_a_configuration_can_be_read() -> None:
         for folder in folders:
             table = table.setdefault(folder, {})  # type: ignore[assignment]
         table[name] = msgspec.json.decode(value)
-    tables["gossip"] = msgspec.to_builtins(Scenario().gossip) | tables.get("gossip", {})  # type: ignore[operator]
+    for learning in ("gossip", "scalars"):
+        tables[learning] = msgspec.to_builtins(getattr(Scenario(), learning)) | tables.get(learning, {})  # type: ignore[operator]
     assert msgspec.convert(tables, Scenario) == drawn.scenario
 
 

@@ -10,8 +10,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sim.graph import Graph, Metrics, Received, Surrogate, Value
-from sim.orders import Answers, Begin, Measure, Merge, Program, Train, run_program
+from sim.graph import Applied, Codes, Graph, Metrics, Received, Round, Scalars, Surrogate, Value
+from sim.orders import (
+    NO_SLOT,
+    Answers,
+    Begin,
+    Estimate,
+    Measure,
+    Merge,
+    Program,
+    Replay,
+    Train,
+    run_program,
+)
 
 FAILS_FROM = 1000
 """Work of these nodes gives nothing usable."""
@@ -34,6 +45,7 @@ class Recording:
     def __init__(self) -> None:
         self.terms = Terms()
         self.rows: dict[int, int] = {}
+        self.codes: dict[int, int] = {}
         self.programs: list[Program] = []
         self.closed = False
         self._num_rows = 0
@@ -74,6 +86,21 @@ class Recording:
         self._check_independent([(o.row, [o.own, *(item.row for item in o.inputs)]) for o in orders])
         self._write([order.row for order in orders], made)
         return ["no weight" if order.node >= FAILS_FROM else "" for order in orders]
+
+    def estimate(self, orders: Sequence[Estimate]) -> list[str]:
+        for order in orders:
+            self.codes[order.slot] = self.terms("codes", self.rows[order.source], order.node, order.round)
+        return [""] * len(orders)
+
+    def replay(self, orders: Sequence[Replay]) -> list[str]:
+        made = []
+        for order in orders:
+            ((number, scale, decay, scalars),) = order.rounds
+            said = [self.codes[slot] if slot != NO_SLOT else codes for _, slot, codes in scalars]
+            made.append(self.terms("replay", self.rows[order.source], number, scale, decay, tuple(said)))
+        self._check_independent([(order.row, [order.source]) for order in orders])
+        self._write([order.row for order in orders], made)
+        return [""] * len(orders)
 
     def measure(self, orders: Sequence[Measure]) -> list[dict[str, float]]:
         return [{"term": self.rows[order.row], "node": order.node} for order in orders]
@@ -125,7 +152,7 @@ class Rig:
 
     def kinds(self, program: int = -1) -> list[str]:
         """Of a program's steps, as `begin 3`."""
-        names = ("begin", "train", "merge")
+        names = ("begin", "train", "merge", "estimate", "replay")
         return [
             " ".join(f"{name} {len(orders)}" for name, orders in zip(names, step, strict=True) if orders)
             for step in self.computer.programs[program].steps
@@ -159,7 +186,7 @@ def test_a_merge_says_by_which_rule() -> None:
         rig.graph.merge(own, 1.0, [Received(other, 1.0, 0, "p")], 1, 1, rule) for rule in ("final", "accept")
     ]
     rig.graph.flush()
-    merges = [order for _, _, orders in rig.computer.programs[-1].steps for order in orders]
+    merges = [order for step in rig.computer.programs[-1].steps for order in step.merges]
     assert [order.rule for order in merges] == ["round", "final", "accept"]
 
 
@@ -514,3 +541,78 @@ def test_the_bound_changes_what_is_computed_together_and_not_what_comes_out(max_
         ]
     assert [rig.term(model) for model in models] == expected
     assert found == {"distance": terms("consensus", *expected)}
+
+
+# --- scalars --------------------------------------------------------------------------------------------
+def applied(state: bytes, number: int, *said: Codes | bytes) -> Applied:
+    scalars = [Scalars(bytes([place]) * 32, codes) for place, codes in enumerate(said)]
+    return Applied(state, lambda: Round(number, 0.5, 0.0, scalars))
+
+
+def test_a_state_is_computed_once_whoever_replays_it_from_wherever() -> None:
+    rig = Rig()
+    base = rig.graph.begin(0)
+    said = [rig.graph.estimate(base, node, 1, 2) for node in range(3)]
+    first = applied(b"one", 1, *said)
+    ahead = rig.graph.replay(base, [first], 0)
+    later = rig.graph.estimate(ahead, 0, 2, 2)
+    both = [first, applied(b"two", 2, later, b"xy")]
+    states = [
+        rig.graph.replay(ahead, both[1:], 0),
+        rig.graph.replay(base, both, 1),
+        rig.graph.replay(base, both, 2),
+    ]
+    assert len(set(map(id, states))) == 1
+    rig.graph.flush()
+    assert rig.kinds() == ["begin 1", "estimate 3", "replay 1", "estimate 1", "replay 1"]
+    terms = rig.computer.terms
+    start = terms("begin", 0)
+    one = terms("replay", start, 1, 0.5, 0.0, tuple(terms("codes", start, node, 1) for node in range(3)))
+    assert rig.term(states[0]) == terms("replay", one, 2, 0.5, 0.0, (terms("codes", one, 0, 2), b"xy"))
+
+
+def test_states_are_kept_for_others_and_only_so_many() -> None:
+    rig = Rig()
+    graph = rig.graph = Graph(rig.computer, MANY, lambda node, detail: None, max_recent=2)
+    base = graph.begin(0)
+    state = base
+    for number in range(1, 6):
+        state = graph.replay(state, [applied(bytes([number]), number, b"x")], 0)
+    graph.flush()
+    assert graph.num_rows_used == 3, "the base, the last state, and the one before it"
+    rounds = [applied(bytes([number]), number, b"x") for number in range(1, 5)]
+    again = graph.replay(base, rounds, 1)
+    assert again.row != -1, "it is there"
+    del state, again
+    graph.flush()
+    assert graph.num_rows_used == 3
+
+
+def test_scalars_that_nobody_needs_are_not_measured_and_their_places_are_used_again() -> None:
+    rig = Rig()
+    base = rig.graph.begin(0)
+    said = [rig.graph.estimate(base, node, 1, 2) for node in range(4)]
+    del said[1:]
+    rig.graph.flush()
+    assert rig.kinds() == ["begin 1", "estimate 1"]
+    said[0] = rig.graph.estimate(base, 0, 2, 2)
+    rig.graph.flush()
+    assert rig.graph._num_slots == 1
+
+
+def test_without_sharing_every_replay_is_computed() -> None:
+    rig = Rig()
+    graph = Graph(rig.computer, MANY, lambda node, detail: None, share=False)
+    base = graph.begin(0)
+    states = [
+        graph.replay(base, [applied(b"one", 1, b"x"), applied(b"two", 2, b"y")], node) for node in range(3)
+    ]
+    graph.flush()
+    assert len({state.row for state in states}) == 3
+    assert len({rig.computer.rows[state.row] for state in states}) == 1
+
+
+def test_a_surrogate_replays_nothing() -> None:
+    surrogate = Surrogate()
+    base = surrogate.begin(0)
+    assert surrogate.replay(base, [applied(b"one", 1, surrogate.estimate(base, 0, 1, 2))], 0) is base

@@ -17,7 +17,7 @@ from msgspec import Struct
 
 from protocols.errors import ConfigError, LocalError
 from sim.learning import Facts, compute_here
-from sim.orders import Answers, Begin, Computer, Measure, Merge, MergeInput, Program, Train
+from sim.orders import Answers, Begin, Computer, Measure, Merge, MergeInput, Program, Step, Train
 from sim.other_process import (
     Broken,
     Describe,
@@ -96,9 +96,11 @@ def begin_train_and_measure(num_models: int) -> Program:
     return Program(
         num_rows=2 * num_models,
         steps=[
-            ([Begin(i, 10 + i) for i in range(num_models)], [], []),
-            ([], [Train(num_models + i, i, i, 0) for i in range(num_models)], []),
-            ([], [], [Merge(0, num_models, 10.0, (MergeInput(num_models + 1, 5.0, 1, "node-00001"),), 0, 1)]),
+            Step(begins=[Begin(i, 10 + i) for i in range(num_models)]),
+            Step(trains=[Train(num_models + i, i, i, 0) for i in range(num_models)]),
+            Step(
+                merges=[Merge(0, num_models, 10.0, (MergeInput(num_models + 1, 5.0, 1, "node-00001"),), 0, 1)]
+            ),
         ],
         measures=[Measure(0, 0), Measure(1, 1)],
         comparisons=[[0, 1], [num_models, num_models + 1]],
@@ -317,7 +319,7 @@ def test_an_operators_mistake_keeps_its_path_and_what_is_allowed(
 
 
 def test_an_exception_is_told_before_the_child_ends(tmp_path: Path) -> None:
-    nowhere = Program(num_rows=1, steps=[([], [Train(0, 0, 99, 0)], [])], measures=[], comparisons=[])
+    nowhere = Program(num_rows=1, steps=[Step(trains=[Train(0, 0, 99, 0)])], measures=[], comparisons=[])
     with pytest.raises(IndexError) as raised:
         answers(setup(tmp_path), Work(nowhere), Describe())
     assert told[1:] == [Broken(f"IndexError: {raised.value}")]

@@ -23,7 +23,7 @@ from node.tasks import Task
 from protocols.errors import ConfigError, LocalError
 from sim.engine import LocalEngine
 from sim.learning import Facts, compute_here, peer_name
-from sim.orders import Begin, Measure, Merge, MergeInput, Program, Train, run_program
+from sim.orders import Begin, Measure, Merge, MergeInput, Program, Step, Train, run_program
 from sim.other_process import Ready, Refused
 from sim.ray_computer import (
     Actor,
@@ -112,7 +112,7 @@ def drawn_program(rng: random.Random, written: set[int]) -> Program:
 
     written: rows that hold a model, before and after.
     """
-    steps: list[tuple[list[Begin], list[Train], list[Merge]]] = []
+    steps: list[Step] = []
     for _ in range(rng.randrange(1, 6)):
         # Every row of a step is either read, by anybody, or written, or one order's own for both.
         rows = rng.sample(range(NUM_ROWS), NUM_ROWS)
@@ -134,7 +134,7 @@ def drawn_program(rng: random.Random, written: set[int]) -> Program:
                 ]
                 step[2].append(Merge(row, own, 1.0, tuple(inputs), node, 0))
         written.update(to_write)
-        steps.append(step)
+        steps.append(Step(*step))
     some = sorted(written)
     return Program(
         num_rows=NUM_ROWS,
@@ -166,7 +166,7 @@ def test_shards_give_what_one_engine_gives(seed: int, num_actors: int) -> None:
 def test_answers_come_program_by_program() -> None:
     computer = sharded(2)
     for row in range(2):
-        computer.submit(Program(2, [([Begin(row, row)], [], [])], [Measure(row, 0)], []))
+        computer.submit(Program(2, [Step(begins=[Begin(row, row)])], [Measure(row, 0)], []))
     one = engine()
     one.reserve(2)
     one.begin([Begin(0, 0), Begin(1, 1)])
@@ -203,10 +203,10 @@ def rounds_of(neighbours: Callable[[int], Sequence[int]], num_nodes: int) -> Pro
         )
         for node in nodes
     ]
-    steps: list[tuple[list[Begin], list[Train], list[Merge]]] = [
-        ([Begin(node, node) for node in nodes], [], []),
-        ([], [Train(node, node, node, 0) for node in nodes], []),
-        ([], [], merges),
+    steps = [
+        Step(begins=[Begin(node, node) for node in nodes]),
+        Step(trains=[Train(node, node, node, 0) for node in nodes]),
+        Step(merges=merges),
     ]
     return Program(2 * num_nodes, steps, [], [])
 
@@ -228,9 +228,8 @@ def test_a_model_moves_once_in_a_step_however_many_read_it() -> None:
 
 def test_what_is_begun_never_moves() -> None:
     sharding = Sharding(num_shards=2, num_nodes=2)
-    program = Program(
-        3, [([Begin(0, 9)], [], []), ([], [Train(1, 0, 0, 0), Train(2, 0, 1, 0)], [])], [], [[0, 1, 2]]
-    )
+    steps = [Step(begins=[Begin(0, 9)]), Step(trains=[Train(1, 0, 0, 0), Train(2, 0, 1, 0)])]
+    program = Program(3, steps, [], [[0, 1, 2]])
     _, trained, _ = sharding.split(program)
     assert [[begin.seed for begin in part.job.begins] for part in trained] == [[9], [9]]
     assert sharding.num_moved == 0
@@ -296,7 +295,7 @@ def test_an_actor_makes_the_engine_itself(tmp_path: Path) -> None:
     computer, facts = compute_here(scenario, tmp_path)
     assert answer == Ready(facts)
     done = actor.do(msgspec.msgpack.encode(Job(1, begins=[Begin(0, 5)], measures=[Measure(0, 0)])))
-    computer.submit(Program(1, [([Begin(0, 5)], [], [])], [Measure(0, 0)], []))
+    computer.submit(Program(1, [Step(begins=[Begin(0, 5)])], [Measure(0, 0)], []))
     assert done.metrics == computer.answers().metrics
 
 
