@@ -17,7 +17,7 @@ from node.store import newest_checkpoints, verify_checkpoint
 from protocols.errors import ConfigError, LocalError, PeerError
 from protocols.messages import Terms
 from protocols.scalar_log import ScalarLog, signed_bytes
-from protocols.scalar_terms import misfit, round_scalars, terms_digest, terms_of
+from protocols.scalar_terms import counting_rounds, misfit, terms_digest, terms_of
 from protocols.scalars import LogStatus
 from protocols.vocabulary import MAX_ROUND, Checkpoint, PeerId, ScalarRecord
 
@@ -286,13 +286,8 @@ class _Replay:
                 raise _Differs(record.round, f"round {record.round}: the signature of {author} is wrong")
 
     def _go_on(self, after: int, last: int) -> None:
-        rounds = [
-            round_scalars(self._config.scalars, number, records)
-            for number in self._log.rounds(after + 1, last)
-            if (records := self._log.counting(number))
-        ]
         few, num_keys = [], 0
-        for each in rounds:
+        for each in counting_rounds(self._config.scalars, self._log, after, last):
             few.append(each)
             num_keys += sum(len(record.codes) for record in each.records)
             if num_keys >= KEYS_AT_A_TIME:

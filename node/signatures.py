@@ -35,6 +35,13 @@ class Ed25519Signatures:
             return False
         return True
 
+    def author_of(self, peer: PeerId) -> bytes | None:
+        """The key in a peer id; None where there is no Ed25519 key in it."""
+        try:
+            return author_of(peer)
+        except ValueError:
+            return None
+
 
 def author_of(peer: str) -> bytes:
     """The raw public key in a peer id.

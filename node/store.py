@@ -207,7 +207,8 @@ class BlobStore:
             _sync(draft)
             draft.replace(final)
             _sync(self._checkpoints)
-            for old in self._newest_first()[NUM_CHECKPOINTS:]:
+            # Of an older round than others it may be one that was taken over from peers.
+            for old in [path for path in self._newest_first() if path != final][NUM_CHECKPOINTS - 1 :]:
                 old.unlink(missing_ok=True)
         except OSError as error:
             raise LocalError(f"checkpoint of round {ref.round} could not be kept: {error}") from error

@@ -91,11 +91,13 @@ class Exchange(Machine):
             out += self.release(self._offered.pop(0))
         return out
 
+    def is_coming(self, ref: ModelRef) -> bool:
+        """Whether it is being fetched, or waits for another attempt."""
+        return self._in_transit(ref)
+
     def want(self, peer: PeerId, ref: ModelRef) -> list[Output]:
         """Fetch this model from a neighbour that says it holds it, though it offered nothing. Asked for again while it is
         on its way, or while another comes from that peer, nothing happens."""
-        if ref.digest in self._held:
-            return self._hand_on(peer, ref)
         if self._in_transit(ref) or ref.size_bytes > self._max_model_bytes:
             return []
         busy = any(transfer.peer == peer for transfer in self._transfers.values())

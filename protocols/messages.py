@@ -12,6 +12,7 @@ from protocols.vocabulary import (
     CHUNK_BYTES,
     MAX_ADDRESSES,
     MAX_CHUNKS,
+    MAX_CODES,
     MAX_IDS_PER_MESSAGE,
     MAX_MODEL_BYTES,
     MAX_PEERS_PER_MESSAGE,
@@ -106,6 +107,7 @@ class Terms(Message, frozen=True, tag="terms"):
     checkpoint_every: Annotated[int, Meta(ge=1, le=2**20)]
     late_rounds: Annotated[int, Meta(ge=0, le=2**20)]
     max_authors: Annotated[int, Meta(ge=1, le=MAX_IDS_PER_MESSAGE)]
+    max_samples: Annotated[int, Meta(ge=1, le=MAX_CODES)]
     members: WireDigest
     """Of the authors that are admitted; 32 zeros where anyone is."""
 

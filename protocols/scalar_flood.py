@@ -35,6 +35,10 @@ RECORDS_PER_S = 2000
 """New records looked at from one neighbour, and records sent to it for the asking, after a burst of twice as many."""
 
 
+QUESTION = 20
+"""Records that a question costs: the log has to be gone through for it."""
+
+
 class _Budget:
     """Tokens that come back with time."""
 
@@ -44,21 +48,23 @@ class _Budget:
         self._left = 2.0 * RECORDS_PER_S
         self._at = 0.0
 
-    def take(self, now: float) -> bool:
+    def take(self, now: float, tokens: int = 1) -> bool:
         self._left = min(2.0 * RECORDS_PER_S, self._left + (now - self._at) * RECORDS_PER_S)
         self._at = now
-        if self._left < 1:
+        if self._left < tokens:
             return False
-        self._left -= 1
+        self._left -= tokens
         return True
 
 
 class Fellow:
     """A neighbour under the same terms."""
 
-    __slots__ = ("marks", "round", "served", "strikes", "taken")
+    __slots__ = ("counts", "marks", "round", "served", "strikes", "taken")
 
-    def __init__(self) -> None:
+    def __init__(self, counts: bool) -> None:
+        self.counts = counts
+        """Whether its word on what is settled does."""
         self.marks: Marks | None = None
         self.round = 0
         """That it last said to have behind it."""
@@ -71,6 +77,7 @@ class Flood:
     """The records of one node on their way in and out.
 
     terms: digest of the terms that signatures are bound to. members: authors that are admitted; none admits all.
+    max_samples: scalars that a record may hold.
     """
 
     def __init__(
@@ -81,7 +88,9 @@ class Flood:
         signatures: Signatures,
         terms: bytes,
         members: frozenset[bytes],
+        max_samples: int,
     ) -> None:
+        self._max_samples = max_samples
         self._log = log
         self._votes = votes
         self._view = view
@@ -95,8 +104,17 @@ class Flood:
         """Records by what became of them."""
 
     def marks(self) -> dict[PeerId, Marks]:
-        """Of the neighbours that have told theirs."""
-        return {peer: fellow.marks for peer, fellow in self.fellows.items() if fellow.marks is not None}
+        """Of the neighbours that have told theirs, and are members where there are members."""
+        return {
+            peer: fellow.marks
+            for peer, fellow in self.fellows.items()
+            if fellow.marks is not None and fellow.counts
+        }
+
+    def welcome(self, peer: PeerId) -> None:
+        """A neighbour has the same terms."""
+        author = self._signatures.author_of(peer)
+        self.fellows[peer] = Fellow(counts=not self._members or author in self._members)
 
     # --- in ---------------------------------------------------------------------------------------------
     def take(
@@ -137,6 +155,11 @@ class Flood:
 
     def _problem(self, record: ScalarRecord) -> tuple[Reason, str] | None:
         author = record.author.hex()[:12]
+        if len(record.codes) > self._max_samples:
+            return (
+                Reason.MALFORMED,
+                f"{len(record.codes)} scalars of author {author}, allowed {self._max_samples}",
+            )
         if self._members and record.author not in self._members:
             return Reason.STRANGER, f"author {author} is no member"
         data = signed_bytes(self._terms, record.round, record.codes, record.built_on)
@@ -206,8 +229,10 @@ class Flood:
                 return self.strike(peer, Reason.MALFORMED, f"rounds {first} to {last}"), False
             if first <= self._log.cut:
                 return out, True
+            if not fellow.served.take(now, QUESTION):
+                break
             mine = self._log.range(first, last)
-            if mine.digest == theirs.digest or not fellow.served.take(now):
+            if mine.digest == theirs.digest:
                 continue
             if first == last or mine.count + theirs.count <= FEW:
                 ids = list(self._log.ids(first, last))[:MAX_IDS_PER_MESSAGE]
@@ -222,7 +247,7 @@ class Flood:
 
     def answer_holding(self, now: float, peer: PeerId, round_: int, message: Holding) -> list[Output]:
         """Send what the neighbour lacks, pull what is missing here."""
-        if message.first <= self._log.cut:
+        if message.first <= self._log.cut or not self.fellows[peer].served.take(now, QUESTION):
             return []
         theirs, mine = set(_split(message.ids)), set(self._log.ids(message.first, message.last))
         out = self._serve(now, peer, round_, message.first, message.last, mine - theirs)
@@ -234,6 +259,8 @@ class Flood:
 
     def answer_pull(self, now: float, peer: PeerId, round_: int, message: Pull) -> list[Output]:
         """Send what is asked for."""
+        if not self.fellows[peer].served.take(now, QUESTION):
+            return []
         return self._serve(now, peer, round_, message.first, message.last, set(_split(message.ids)))
 
     def _serve(

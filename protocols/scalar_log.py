@@ -8,6 +8,7 @@ that an author signed for one round are the proof of its equivocation, and neith
 """
 
 import hashlib
+from bisect import insort
 from collections.abc import Callable, Iterable, Iterator, Set
 from enum import Enum, auto
 from itertools import islice
@@ -49,13 +50,14 @@ class _Slot(NamedTuple):
 class _Round:
     """One round's slots by author, and what is derived from them while nothing changes."""
 
-    __slots__ = ("counting", "digest", "last_in_crowd", "slots")
+    __slots__ = ("counting", "crowd", "digest", "slots")
 
     def __init__(self) -> None:
         self.slots: dict[bytes, _Slot] = {}
         self.digest: bytes | None = None
         self.counting: tuple[ScalarRecord, ...] | None = None
-        self.last_in_crowd: bytes | None = None
+        self.crowd: list[tuple[bytes, bytes]] = []
+        """Place and author of every slot, in order, once the round is full."""
 
 
 class ScalarLog:
@@ -120,13 +122,17 @@ class ScalarLog:
         self._forget_chain(slot.records[0].round)
 
     def _make_room(self, round_: _Round, record: ScalarRecord) -> bool:
-        last = round_.last_in_crowd
-        if last is None:
-            last = round_.last_in_crowd = max(round_.slots, key=lambda author: _place(author, record.round))
-        if _place(record.author, record.round) > _place(last, record.round):
+        crowd, number = round_.crowd, record.round
+        if not crowd:
+            crowd[:] = sorted((_place(author, number), author) for author in round_.slots)
+        place = _place(record.author, number)
+        if place > crowd[-1][0]:
             return False
+        _, last = crowd.pop()
+        insort(crowd, (place, record.author))
         del round_.slots[last]
-        round_.last_in_crowd = None
+        if self._newest.get(last) == number:
+            del self._newest[last]
         self.num_records -= 1
         return True
 

@@ -14,7 +14,8 @@ from msgspec import Meta, Struct
 
 from protocols.events import RoundScalars
 from protocols.messages import Terms
-from protocols.vocabulary import DIGEST_BYTES, MAX_CODES, MAX_IDS_PER_MESSAGE, Reason, ScalarRecord
+from protocols.scalar_log import ScalarLog
+from protocols.vocabulary import DIGEST_BYTES, MAX_CODES, MAX_IDS_PER_MESSAGE, PeerId, Reason, ScalarRecord
 
 GENERATORS = {
     "rademacher": "philox4x64-10/rademacher/1",
@@ -74,6 +75,8 @@ class ScalarSettings(Struct, frozen=True, forbid_unknown_fields=True):
     """Rounds by which a straggler may be late in any case: so long a checkpoint waits for its records. *"""
     max_authors: Annotated[int, Meta(ge=1, le=MAX_IDS_PER_MESSAGE)] = 1024
     """Of one round: a bound on what strangers can make a node hold and replay. *"""
+    max_samples: Annotated[int, Meta(ge=1, le=MAX_CODES)] = 32
+    """Of one author in one round. Its weight is that of its scalars, so this bounds what one can weigh beside others. *"""
     members: tuple[str, ...] = ()
     """Peer ids whose records count; left out, anyone's do. *"""
     wait_for_peers: Annotated[int, Meta(ge=0, le=64)] = 0
@@ -93,6 +96,8 @@ class ScalarSettings(Struct, frozen=True, forbid_unknown_fields=True):
         """Raises ValueError where settings contradict each other."""
         if self.schedule == "linear" and not self.rounds:
             raise ValueError("schedule 'linear' falls to 0 over rounds, which must then be 1 or more")
+        if self.samples > self.max_samples:
+            raise ValueError(f"samples {self.samples} must be at most max_samples {self.max_samples}")
         if self.pool and self.weight_decay:
             raise ValueError("weight_decay cannot go with a pool: its state is one number a seed")
         if self.learning_rate * self.weight_decay >= 1:
@@ -114,6 +119,9 @@ class Signatures(Protocol):
 
     def verify(self, author: bytes, data: bytes, signature: bytes) -> bool: ...
 
+    def author_of(self, peer: PeerId) -> bytes | None:
+        """The author that a peer is; None where its id holds no key."""
+
 
 def terms_of(settings: ScalarSettings, base: bytes, members: Iterable[bytes]) -> Terms:
     """What this node tells others of how it computes. members: the author keys of `settings.members`."""
@@ -121,18 +129,24 @@ def terms_of(settings: ScalarSettings, base: bytes, members: Iterable[bytes]) ->
     return Terms(
         generator=GENERATORS[settings.direction],
         base=base,
-        learning_rate=settings.learning_rate,
+        learning_rate=_number(settings.learning_rate),
         schedule=settings.schedule,
         rounds=settings.rounds,
         normalise=settings.normalise,
-        weight_decay=settings.weight_decay,
-        clip_quantile=settings.clip_quantile,
+        weight_decay=_number(settings.weight_decay),
+        clip_quantile=_number(settings.clip_quantile),
         pool=settings.pool,
         checkpoint_every=settings.checkpoint_every,
         late_rounds=settings.late_rounds,
         max_authors=settings.max_authors,
+        max_samples=settings.max_samples,
         members=hashlib.sha256(b"".join(keys)).digest() if keys else bytes(DIGEST_BYTES),
     )
+
+
+def _number(value: float) -> float:
+    """One spelling for equal numbers: signatures are bound to the bytes."""
+    return float(value) + 0.0
 
 
 def terms_digest(terms: Terms) -> bytes:
@@ -153,6 +167,18 @@ def misfit(ours: Terms, theirs: Terms) -> tuple[Reason, str] | None:
             told = " differ" if isinstance(one, bytes) else f" {one} met {other}"
             return Reason.TERMS, f"scalars.{name}{told}"
     return None
+
+
+def counting_rounds(
+    settings: ScalarSettings, log: ScalarLog, after: int, last: int
+) -> tuple[RoundScalars, ...]:
+    """The rounds after one up to another as they are applied: those in which somebody measured something."""
+    counting = [(number, log.counting(number)) for number in log.rounds(after + 1, last)]
+    return tuple(
+        round_scalars(settings, number, records)
+        for number, records in counting
+        if any(record.codes for record in records)
+    )
 
 
 def round_scalars(settings: ScalarSettings, number: int, records: tuple[ScalarRecord, ...]) -> RoundScalars:

@@ -6,11 +6,13 @@ say then moves a node only where a part of its own neighbours stands behind it t
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from protocols.messages import Marks
 from protocols.vocabulary import Checkpoint, PeerId, ScalarRecord, StateId, state_id
 
+ROUNDS_OF_TRUST = 10
+MAX_IMPATIENT = 4096
 MAX_REMEMBERED = 64
 """Sealed states that a node knows as its own."""
 
@@ -24,6 +26,30 @@ class _Voice:
         self.at = at
         self.round = record.round
         self.built_on = StateId(record.built_on)
+
+
+class Patience:
+    """Which authors a round waits for: those that spoke lately, but not one that it lately waited for in vain."""
+
+    def __init__(self) -> None:
+        self._vain: dict[bytes, int] = {}
+
+    def awaited(self, authors: Iterable[bytes]) -> set[bytes]:
+        """Of these, the ones that are worth a wait."""
+        return {author for author in authors if author not in self._vain}
+
+    def waited(self, awaited: Iterable[bytes], came: Collection[bytes]) -> None:
+        """A round is over: who was not there in time has to be so for some rounds before it is awaited again."""
+        for author in came:
+            if author in self._vain:
+                self._vain[author] -= 1
+                if not self._vain[author]:
+                    del self._vain[author]
+        for author in sorted(awaited):
+            if author not in came:
+                self._vain[author] = ROUNDS_OF_TRUST
+        while len(self._vain) > MAX_IMPATIENT:
+            del self._vain[next(iter(self._vain))]
 
 
 class Votes:
@@ -61,9 +87,9 @@ class Votes:
         voice = self._voices.get(author)
         return (voice.round, voice.built_on) if voice else None
 
-    def num_heard(self, since: float) -> int:
+    def heard(self, since: float) -> list[bytes]:
         """Authors heard of since then, this node among them."""
-        return sum(voice.at >= since for voice in self._voices.values())
+        return [author for author, voice in self._voices.items() if voice.at >= since]
 
     def num_on(self, state: StateId) -> int:
         """Authors that stood on this state when last heard."""
@@ -98,12 +124,17 @@ class Votes:
         return max(own, min(lower_median([own, *heard]), backed))
 
     def better(
-        self, now: float, sealed: Checkpoint, fellows: Mapping[PeerId, Marks], last_round: int | None
+        self,
+        now: float,
+        sealed: Checkpoint,
+        fellows: Mapping[PeerId, Marks],
+        last_round: int | None,
+        remembers: bool,
     ) -> tuple[Checkpoint, bool] | None:
         """The state that more authors stand on than on this node's, with enough of the neighbours; whether most do.
 
         Of two with as many authors the one with more records is better. A node that has heard of nobody yet believes
-        most of its neighbours. last_round: the network's, where this node has it behind it: authors that got so far
+        most of its neighbours, and itself as much as one of them where it `remembers` anything. last_round: the network's, where this node has it behind it: authors that got so far
         count, however long ago they were heard.
         """
         holders = Counter(state_id(marks.sealed) for marks in fellows.values())
@@ -112,8 +143,8 @@ class Votes:
         is_alone = num_voices >= 2 and not any(holders[state] for state in self._own_states)
         needed = 1 if is_alone else self._needed(len(fellows))
         if num_voices < 2:
-            with_us = sum(holders[state] for state in self._own_states)
-            votes, num_voices = holders, len(fellows)
+            with_us = remembers + sum(holders[state] for state in self._own_states)
+            votes, num_voices = holders, remembers + len(fellows)
         others = {
             state: marks.sealed
             for marks in fellows.values()

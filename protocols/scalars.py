@@ -44,17 +44,17 @@ from protocols.events import (
 from protocols.exchange import Exchange
 from protocols.machine import Handler, Machine, Output
 from protocols.messages import Holding, Marks, Pull, Ranges, Scalars, Terms
-from protocols.scalar_flood import Fellow, Flood
+from protocols.scalar_flood import Flood
 from protocols.scalar_log import Outcome, ScalarLog, signed_bytes
 from protocols.scalar_terms import (
     ScalarSettings,
     Signatures,
+    counting_rounds,
     misfit,
-    round_scalars,
     terms_digest,
     terms_of,
 )
-from protocols.scalar_votes import Votes, agreed, lower_median
+from protocols.scalar_votes import Patience, Votes, agreed, lower_median
 from protocols.view import View
 from protocols.vocabulary import MAX_ROUND, Checkpoint, ModelRef, PeerId, Reason, ScalarRecord, state_id
 
@@ -68,6 +68,8 @@ GRACE = 0.25
 """Of the time that a round took to come to its quorum: so much longer it waits for the rest."""
 MARKS_EVERY = 4
 """Repairs between two marks that nothing has called for."""
+NUM_SERVED = 2
+"""Sealed states before the newest that are served, with the records after them."""
 MAX_SETTLING = 10
 """Times `deadline_s` that a node waits at its end for the others to seal the last round as it has."""
 HEARD_FOR = 3
@@ -126,7 +128,11 @@ class ScalarLearning(Machine):
         self._log = ScalarLog(base, settings.max_authors)
         heard_for_s = HEARD_FOR * settings.deadline_s
         self._votes = Votes(signatures.author, heard_for_s, settings.max_authors, bool(members))
-        self._flood = Flood(self._log, self._votes, view, signatures, self._signed_terms, members)
+        self._flood = Flood(
+            self._log, self._votes, view, signatures, self._signed_terms, members, settings.max_samples
+        )
+        self._patience = Patience()
+        self._awaited: set[bytes] = set()
         self._fellows = self._flood.fellows
         self._counts = self._flood.counts
         self._token = 0
@@ -142,6 +148,8 @@ class ScalarLearning(Machine):
         """A record came for a round that the head has behind it."""
         self._sealed: Checkpoint | None = None
         self._proposed: Checkpoint | None = None
+        self._sealed_before: list[Checkpoint] = []
+        """Older sealed states that are still served, the oldest first: over a slow line it takes a while to fetch one."""
         self._proposed_at = 0.0
         self._proposing: Checkpoint | None = None
         self._asked_for = 0
@@ -164,6 +172,7 @@ class ScalarLearning(Machine):
         """What the worker begins with."""
         self._timer_name = ""
         self._silent_until = 0
+        self._silent_since = 0.0
         self._remembers = False
         """Whether it began with what it had kept."""
         self._repairs = 0
@@ -203,8 +212,9 @@ class ScalarLearning(Machine):
         if event.checkpoint is not None:
             self._log.adopt(event.checkpoint)
         self._remembers = event.checkpoint is not None or bool(event.records)
-        for record in event.records:
+        for record in sorted(event.records, key=lambda record: record.round):
             self._log.add(record)
+            self._votes.hear(now, record)
         self._votes.remember(Checkpoint(0, self._base, 0, event.ref))
         self._votes.remember(self._sealed)
         self._head = self._sealed.ref
@@ -240,7 +250,7 @@ class ScalarLearning(Machine):
             return self._view.turn_away(peer, *problem)
         if peer in self._fellows:
             return []
-        self._fellows[peer] = Fellow()
+        self._flood.welcome(peer)
         return self._mark([peer])
 
     def _mark(self, peers: Iterable[PeerId]) -> list[Output]:
@@ -260,7 +270,7 @@ class ScalarLearning(Machine):
         where = lower_median(self._rounds_of_fellows() or [0])
         if where > 0 and not self._remembers:
             # It may have spoken in these rounds, and lost its disk since.
-            self._silent_until = where + 2
+            self._silent_until, self._silent_since = where + 2, now
         return self._go_on(now)
 
     # --- the round --------------------------------------------------------------------------------------
@@ -294,15 +304,17 @@ class ScalarLearning(Machine):
             self._set_round(where)
             return self._go_on(now)
         self._last_round_began_at, self._round_began_at = self._round_began_at, now
-        if (
-            max(self._log.newest_of(self._signatures.author), self._silent_until) > self.round
-            or self._is_guest
-        ):
-            return self._collect(
-                now
-            )  # it has spoken in this round before, or may have, or would not be heard
+        if self._is_silent(now):
+            return self._collect(now)
         self.phase, self._measuring = _ESTIMATING, self.round + 1
         return self._order(Estimate(self._new_phase(), self._head, self._measuring, self._settings.samples))
+
+    def _is_silent(self, now: float) -> bool:
+        """Whether it has spoken in this round before, or may have; or would measure at a state that is not the others'."""
+        newest = self._log.newest_of(self._signatures.author)
+        if now - self._silent_since <= HEARD_FOR * self._settings.deadline_s:
+            newest = max(newest, self._silent_until)
+        return newest > self.round or self._is_guest or self._adopting is not None
 
     def _where(self, now: float) -> int:
         """Rounds that most have behind them."""
@@ -360,8 +372,9 @@ class ScalarLearning(Machine):
         every neighbour."""
         self.phase = _COLLECTING
         since = min(self._last_round_began_at, now - self._settings.deadline_s)
-        self._expected = self._votes.num_heard(since) if self._log.count(self.round, self.round) else 0
-        self._expected = self._expected or 1 + len(self._view.live_learners())
+        heard = self._votes.heard(since) if self._log.count(self.round, self.round) else []
+        self._awaited = self._patience.awaited(heard)
+        self._expected = len(self._awaited) if heard else 1 + len(self._view.live_learners())
         deadline = self._phase_timer("deadline", self._settings.deadline_s)
         return self._collected(now) or [deadline]
 
@@ -375,6 +388,8 @@ class ScalarLearning(Machine):
         return [self._phase_timer("grace", GRACE * (now - self._round_began_at))]
 
     def _advance(self, now: float) -> list[Output]:
+        came = {record.author for record in self._log.counting(self.round + 1)}
+        self._patience.waited(self._awaited, came)
         self._set_round(self.round + 1)
         if self.round % self._settings.evaluate_every == 0 or self._finished():
             self._to_evaluate = self.round
@@ -400,12 +415,7 @@ class ScalarLearning(Machine):
         return self._order(Replay(self._new_phase(), start, rounds, self._log.chain(self.round), save=False))
 
     def _rounds(self, after: int, last: int) -> tuple[RoundScalars, ...]:
-        counting = [(number, self._log.counting(number)) for number in self._log.rounds(after + 1, last)]
-        return tuple(
-            round_scalars(self._settings, number, records)
-            for number, records in counting
-            if any(record.codes for record in records)
-        )
+        return counting_rounds(self._settings, self._log, after, last)
 
     def _take_head(self, ref: ModelRef) -> list[Output]:
         assert self._head is not None
@@ -526,10 +536,10 @@ class ScalarLearning(Machine):
         """The round whose state is to be proposed now, if there is one."""
         assert self._sealed is not None
         settings = self._settings
-        round_ = self._sealed.round + settings.checkpoint_every
-        if settings.rounds:
-            round_ = min(round_, settings.rounds)
-        if round_ <= self._sealed.round:
+        if self._adopting is not None:
+            return None  # what comes replaces it
+        round_ = self._next_checkpoint()
+        if round_ is None:
             return None
         if self._asked_for > self._sealed.round:
             round_ = self._asked_for
@@ -548,6 +558,17 @@ class ScalarLearning(Machine):
         ):
             return None
         return round_
+
+    def _next_checkpoint(self) -> int | None:
+        """The first one that has a record before it, or the last of all."""
+        assert self._sealed is not None
+        every, rounds = self._settings.checkpoint_every, self._settings.rounds
+        sealed = self._sealed.round
+        present = self._log.rounds(sealed + 1, self.round)
+        round_ = sealed + every * ceil((present[0] - sealed) / every) if present else rounds
+        if rounds:
+            round_ = min(round_, rounds)
+        return round_ if round_ > sealed else None
 
     def _waited_in_settling(self, now: float) -> bool:
         return self._settled_at is not None and now - self._settled_at >= self._settings.deadline_s
@@ -595,9 +616,12 @@ class ScalarLearning(Machine):
         if proposed is not None and self._still_holds(proposed) and self._is_agreed(now, proposed, marks):
             out += self._seal(proposed)
         last_round = self._settings.rounds if self._finished() else None
-        found = self._votes.better(now, self._sealed, marks, last_round)
-        if found is None or found[0] != self._adopting:
-            self._adopting = None  # what was better a while ago need not be any more
+        found = self._votes.better(now, self._sealed, marks, last_round, self._remembers)
+        if self._adopting is not None and self._exchange.is_coming(self._adopting.ref):
+            return (
+                out  # a line may be slower than checkpoints come: what is on its way is better than nothing
+            )
+        self._adopting = None
         if found is None:
             self._apart_since, self._asked_for = None, 0
             return out
@@ -613,8 +637,9 @@ class ScalarLearning(Machine):
         repairable = theirs.round > sealed.round and any(marks[p].cut <= sealed.round for p in holders)
         if (repairable or not is_majority) and now - self._apart_since < self._patience_s:
             return out
-        self._adopting = theirs
-        return out + self._exchange.want(holders[self._repairs % len(holders)], theirs.ref)
+        fetch = self._exchange.want(holders[self._repairs % len(holders)], theirs.ref)
+        self._adopting = theirs if fetch else None
+        return out + fetch
 
     def _is_agreed(self, now: float, proposed: Checkpoint, marks: Mapping[PeerId, Marks]) -> bool:
         if self._is_long_open():
@@ -628,15 +653,20 @@ class ScalarLearning(Machine):
         assert self._sealed is not None
         before, self._sealed = self._sealed, checkpoint
         self._proposed = None  # its hold is the sealed one's now
-        out = self._exchange.release(before.ref)
+        self._sealed_before.append(before)
+        out: list[Output] = []
+        while len(self._sealed_before) > NUM_SERVED:
+            out += self._exchange.release(self._sealed_before.pop(0).ref)
         if self.round < checkpoint.round:
             self._set_round(checkpoint.round)
         self._log.seal(checkpoint.round)
-        # Whoever seals a little later may still lack records of the rounds that are sealed here.
-        self._log.drop(before.round)
+        self._remembers = True
+        # Whoever seals later, or has fetched an older state, still lacks records of the rounds that are sealed here.
+        cut = self._sealed_before[0].round
+        self._log.drop(cut)
         self._votes.remember(checkpoint)
         self._counts["sealed"] += 1
-        return out + self._keep(checkpoint, before.round) + self._mark(self._fellows)
+        return out + self._keep(checkpoint, cut) + self._mark(self._fellows)
 
     def _keep(self, checkpoint: Checkpoint, cut: int) -> list[Output]:
         """The base model is nobody's to keep: where nothing was recorded yet, it is the checkpoint."""
@@ -650,8 +680,9 @@ class ScalarLearning(Machine):
             return self._exchange.release(event.ref)
         self._adopting, self._apart_since = None, None
         self._asked_for = 0
-        before, self._sealed = self._sealed, theirs
-        out = self._exchange.release(before.ref)
+        before, self._sealed = [*self._sealed_before, self._sealed], theirs
+        self._sealed_before, self._remembers = [], True
+        out = [effect for each in before for effect in self._exchange.release(each.ref)]
         if self._proposed is not None:
             out += self._exchange.release(self._proposed.ref)
             self._proposed = None
@@ -673,10 +704,10 @@ class ScalarLearning(Machine):
         assert isinstance(marks, Marks)
         if fellow is None:
             return []
-        if any(each is not None and each.ref.round != each.round for each in (marks.sealed, marks.proposed)):
-            return self._flood.strike(
-                event.peer, Reason.MALFORMED, "a checkpoint of another round than its file's"
-            )
+        if any(
+            not self._is_possible(each, marks) for each in (marks.sealed, marks.proposed) if each is not None
+        ):
+            return self._flood.strike(event.peer, Reason.MALFORMED, "marks that no log leads to")
         first = fellow.marks is None
         fellow.marks, fellow.round = marks, marks.round
         out = self._consider(now)
@@ -685,6 +716,13 @@ class ScalarLearning(Machine):
         if self.phase is _SYNCING and self._timer_name == "company" and self._is_company():
             out += self._in_company(now)
         return out
+
+    def _is_possible(self, checkpoint: Checkpoint, marks: Marks) -> bool:
+        every, rounds = self._settings.checkpoint_every, self._settings.rounds
+        round_ = checkpoint.round
+        in_step = round_ % every == 0 or round_ == rounds
+        bounded = round_ <= marks.round and (not rounds or round_ <= rounds)
+        return in_step and bounded and checkpoint.ref.round == round_
 
     def _is_company(self) -> bool:
         return len(self._fellows) >= self._settings.wait_for_peers

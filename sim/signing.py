@@ -30,3 +30,7 @@ class SimSignatures:
     def verify(self, author: bytes, data: bytes, signature: bytes) -> bool:
         """Whether it is the author's."""
         return signature == hashlib.sha512(author + data).digest()
+
+    def author_of(self, peer: PeerId) -> bytes:
+        """Every simulated node has a key."""
+        return author_of(peer)

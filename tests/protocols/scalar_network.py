@@ -63,6 +63,9 @@ class FakeSignatures:
     def verify(self, author: bytes, data: bytes, signature: bytes) -> bool:
         return signature == _signature(author, data)
 
+    def author_of(self, peer: PeerId) -> bytes:
+        return hashlib.sha256(peer.encode()).digest()
+
 
 def _signature(author: bytes, data: bytes) -> bytes:
     return hashlib.sha512(author + data).digest()
@@ -150,6 +153,8 @@ class ScalarNetwork:
         self.links: set[tuple[PeerId, PeerId]] = set()
         self.slow = slow or {}
         self.slow_until = 1e9
+        self.fetch_s = 0.1
+        self.sources: dict[tuple[PeerId, int], tuple[PeerId, bytes]] = {}
         self.edges = edges
         self.settings = ScalarSettings(**{**QUICK, **scalars})  # type: ignore[arg-type]
         self.nodes: dict[PeerId, Node] = {}
@@ -224,6 +229,8 @@ class ScalarNetwork:
             node = self.nodes[peer]
             if node.epoch != epoch or node.core is None:
                 continue
+            if isinstance(event, Fetched):
+                event = self._fetched(node, event)
             for effect in node.core.step(self.now, event):
                 self.log.append((self.now, peer, effect))
                 self.perform(node, effect)
@@ -278,12 +285,8 @@ class ScalarNetwork:
                 self.push(after_s, me, TimerFired(timer))
             case Fetch(token, peer, ref):
                 node.fetches += 1
-                blob = self.nodes[peer].blobs.get(ref.digest)
-                if blob is None:
-                    self.push(0.1, me, FetchFailed(token, Reason.GONE))
-                else:
-                    node.blobs[ref.digest] = blob
-                    self.push(0.1, me, Fetched(token))
+                self.sources[me, token] = peer, ref.digest
+                self.push(self.fetch_s, me, Fetched(token))
             case Forget(ref):
                 node.blobs.pop(ref.digest, None)
             case Keep(ref):
@@ -310,6 +313,15 @@ class ScalarNetwork:
             case _:
                 if hasattr(effect, "reason"):
                     node.penalties[effect.reason] += 1
+
+    def _fetched(self, node: Node, event: Fetched) -> Fetched | FetchFailed:
+        """The other side must still have it at the end."""
+        source, digest = self.sources.pop((node.peer, event.token))
+        blob = self.nodes[source].blobs.get(digest)
+        if blob is None:
+            return FetchFailed(event.token, Reason.GONE)
+        node.blobs[digest] = blob
+        return event
 
     def _replay(self, node: Node, order: Replay) -> None:
         try:

@@ -56,12 +56,12 @@ CHECKPOINT = Checkpoint(20, D1, 60, ModelRef(D2, 70_000, 20, 1))
 CHECKPOINT_ITEMS = [20, D1, 60, [D2, 70_000, 20, 1]]
 SCALARS: list[tuple[Message, list[object], str]] = [
     (
-        Terms("philox", D1, 0.5, "constant", 0, "mean", 0.25, 0.99, 0, 20, 2, 1024, bytes(32)),
-        ["terms", "philox", D1, 0.5, "constant", 0, "mean", 0.25, 0.99, 0, 20, 2, 1024, bytes(32)],
+        Terms("philox", D1, 0.5, "constant", 0, "mean", 0.25, 0.99, 0, 20, 2, 1024, 32, bytes(32)),
+        ["terms", "philox", D1, 0.5, "constant", 0, "mean", 0.25, 0.99, 0, 20, 2, 1024, 32, bytes(32)],
         (
-            "00000083019ea57465726d73a67068696c6f78c420000102030405060708090a0b0c0d0e0f101112131415161718191a"
+            "00000084019fa57465726d73a67068696c6f78c420000102030405060708090a0b0c0d0e0f101112131415161718191a"
             "1b1c1d1e1fcb3fe0000000000000a8636f6e7374616e7400a46d65616ecb3fd0000000000000cb3fefae147ae147ae00"
-            "1402cd0400c4200000000000000000000000000000000000000000000000000000000000000000"
+            "1402cd040020c4200000000000000000000000000000000000000000000000000000000000000000"
         ),
     ),
     (
@@ -211,7 +211,8 @@ link_messages = st.one_of(
     st.builds(
         Terms,
         *(names, digests, numbers, names, rounds, names, numbers, numbers, st.integers(0, 2**20)),
-        *(st.integers(1, 2**20), st.integers(0, 2**20), st.integers(1, MAX_IDS_PER_MESSAGE), digests),
+        *(st.integers(1, 2**20), st.integers(0, 2**20), st.integers(1, MAX_IDS_PER_MESSAGE)),
+        *(st.integers(1, 255), digests),
     ),
     st.builds(Scalars, rounds, st.lists(scalar_records, max_size=3).map(tuple)),
     st.builds(Marks, rounds, rounds, checkpoints, st.none() | checkpoints),

@@ -37,37 +37,44 @@ def fellows(*states: Checkpoint) -> dict[PeerId, Marks]:
 
 def test_the_state_of_most_authors_is_taken_where_neighbours_have_it() -> None:
     votes = votes_for({OURS: 3, THEIRS: 4})
-    assert votes.better(1, OURS, fellows(THEIRS, THEIRS, OURS), None) == (THEIRS, True)
-    assert votes.better(1, OURS, fellows(OURS, OURS, OURS), None) is None, "nobody here has it"
+    assert votes.better(1, OURS, fellows(THEIRS, THEIRS, OURS), None, False) == (THEIRS, True)
+    assert votes.better(1, OURS, fellows(OURS, OURS, OURS), None, False) is None, "nobody here has it"
 
 
 def test_a_part_that_is_not_most_is_better_where_it_is_larger_and_no_older() -> None:
     older = checkpoint(10, "o")
-    assert votes_for({OURS: 2, THEIRS: 3, OTHERS: 3}).better(1, OURS, fellows(THEIRS, THEIRS), None) == (
+    assert votes_for({OURS: 2, THEIRS: 3, OTHERS: 3}).better(
+        1, OURS, fellows(THEIRS, THEIRS), None, False
+    ) == (
         THEIRS,
         False,
     )
-    assert votes_for({OURS: 2, older: 3, OTHERS: 3}).better(1, OURS, fellows(older, older), None) is None
-    assert votes_for({OURS: 3, THEIRS: 2}).better(1, OURS, fellows(THEIRS, THEIRS), None) is None
+    assert (
+        votes_for({OURS: 2, older: 3, OTHERS: 3}).better(1, OURS, fellows(older, older), None, False) is None
+    )
+    assert votes_for({OURS: 3, THEIRS: 2}).better(1, OURS, fellows(THEIRS, THEIRS), None, False) is None
 
 
 def test_of_two_halves_the_one_with_more_records_wins_and_only_one_does() -> None:
     heavy = checkpoint(20, "h", num_records=11)
-    assert votes_for({OURS: 3, heavy: 3}).better(1, OURS, fellows(heavy, heavy), None) == (heavy, False)
+    assert votes_for({OURS: 3, heavy: 3}).better(1, OURS, fellows(heavy, heavy), None, False) == (
+        heavy,
+        False,
+    )
     light = checkpoint(20, "l", num_records=9)
-    assert votes_for({OURS: 3, light: 3}).better(1, OURS, fellows(light, light), None) is None
+    assert votes_for({OURS: 3, light: 3}).better(1, OURS, fellows(light, light), None, False) is None
 
 
 def test_keys_alone_move_nobody_where_anyone_may_be_an_author() -> None:
     """A thousand keys and one link."""
     votes = votes_for({OURS: 5, THEIRS: 900})
     honest = [OURS] * 4
-    assert votes.better(1, OURS, fellows(THEIRS, *honest), None) is None
-    assert votes.better(1, OURS, fellows(THEIRS, THEIRS, *honest), None) == (THEIRS, True), (
+    assert votes.better(1, OURS, fellows(THEIRS, *honest), None, False) is None
+    assert votes.better(1, OURS, fellows(THEIRS, THEIRS, *honest), None, False) == (THEIRS, True), (
         "two links of six do"
     )
     closed = votes_for({OURS: 5, THEIRS: 900}, closed=True)
-    assert closed.better(1, OURS, fellows(THEIRS, *honest), None) == (THEIRS, True), (
+    assert closed.better(1, OURS, fellows(THEIRS, *honest), None, False) == (THEIRS, True), (
         "members are counted, not links"
     )
 
@@ -80,34 +87,34 @@ def test_states_on_the_way_here_speak_for_nobody() -> None:
     for number in range(5):
         votes.hear(0.0, ScalarRecord(bytes([number]) * 32, 25, b"", state_id(before), bytes(64)))
     votes.hear(0.0, ScalarRecord(b"z" * 32, 25, b"", state_id(THEIRS), bytes(64)))
-    assert votes.better(1, OURS, fellows(before, THEIRS), None) == (THEIRS, False)
-    assert votes.better(1, OURS, fellows(before, before), None) is None
+    assert votes.better(1, OURS, fellows(before, THEIRS), None, False) == (THEIRS, False)
+    assert votes.better(1, OURS, fellows(before, before), None, False) is None
 
 
 def test_old_words_count_no_more_but_of_those_who_are_through() -> None:
     votes = votes_for({THEIRS: 5})
-    assert votes.better(31, OURS, fellows(THEIRS, THEIRS), None) is None or votes.better(
-        31, OURS, fellows(THEIRS, THEIRS), None
+    assert votes.better(31, OURS, fellows(THEIRS, THEIRS), None, False) is None or votes.better(
+        31, OURS, fellows(THEIRS, THEIRS), None, False
     ) == (THEIRS, True), "then it goes by its neighbours"
-    assert votes.better(31, OURS, fellows(OURS, OURS, THEIRS), None) is None
-    assert votes.better(1e6, OURS, fellows(THEIRS, THEIRS, OURS), 25) == (THEIRS, True)
+    assert votes.better(31, OURS, fellows(OURS, OURS, THEIRS), None, False) is None
+    assert votes.better(1e6, OURS, fellows(THEIRS, THEIRS, OURS), 25, False) == (THEIRS, True)
 
 
 def test_a_newcomer_believes_most_of_its_neighbours() -> None:
     votes = Votes(ME, 30.0, 1000, closed=False)
     start = checkpoint(0, "s")
     votes.remember(start)
-    assert votes.better(1, start, fellows(THEIRS), None) == (THEIRS, True)
-    assert votes.better(1, start, fellows(THEIRS, THEIRS, OTHERS), None) == (THEIRS, True)
-    assert votes.better(1, start, fellows(THEIRS, OTHERS), None) is None
+    assert votes.better(1, start, fellows(THEIRS), None, False) == (THEIRS, True)
+    assert votes.better(1, start, fellows(THEIRS, THEIRS, OTHERS), None, False) == (THEIRS, True)
+    assert votes.better(1, start, fellows(THEIRS, OTHERS), None, False) is None
 
 
 def test_three_that_have_all_parted_meet() -> None:
     """Each is alone with its state: then one neighbour is enough, and all prefer the same one."""
     heavy = checkpoint(20, "h", num_records=12)
     votes = votes_for({OURS: 1, heavy: 1, OTHERS: 1})
-    assert votes.better(1, OURS, fellows(heavy, OTHERS), None) == (heavy, False)
-    assert votes.better(1, OURS, fellows(heavy, OTHERS, OURS), None) is None, "it is not alone"
+    assert votes.better(1, OURS, fellows(heavy, OTHERS), None, False) == (heavy, False)
+    assert votes.better(1, OURS, fellows(heavy, OTHERS, OURS), None, False) is None, "it is not alone"
 
 
 def test_the_newest_word_of_an_author_counts() -> None:
