@@ -111,8 +111,8 @@ async def test_nothing_that_a_peer_says_parts_honest_nodes(honest: list[LocalNod
         strangers = [Attack(first) for _ in range(40)]
         for stranger in strangers:
             stranger.terms = liar.terms
-        huge, other = liar.record(round_, b"\x7f" * 255), liar.record(round_, b"\xff" * 255)
-        flood = tuple(stranger.record(round_ + 1, b"\x7f" * 255) for stranger in strangers)
+        huge, other = liar.record(round_, b"\x7f" * 32), liar.record(round_, b"\xff" * 32)
+        flood = tuple(stranger.record(round_ + 1, b"\x7f" * 32) for stranger in strangers)
         far = liar.record(2**40)
         return [Scalars(2**40, (huge, other, far, liar.record(1)))] * 20 + [Scalars(0, flood)]
 
