@@ -52,7 +52,8 @@ def write(path: Path, text: str) -> Path:
 
 def test_an_unknown_task_is_refused_with_the_known_ones(tmp_path: Path) -> None:
     assert refused("mnist", {}, tmp_path) == (
-        "task.name: there is no task 'mnist' (allowed: digits, csv, npz, libsvm, <file>.py:<function>)"
+        "task.name: there is no task 'mnist' (allowed: digits, csv, npz, libsvm, "
+        "hf-classifier, hf-causal-lm, <file>.py:<function>)"
     )
 
 
@@ -71,7 +72,7 @@ def test_a_missing_path_is_named(name: str, tmp_path: Path) -> None:
 def test_an_unknown_option_is_refused_with_the_known_ones(name: str, tmp_path: Path) -> None:
     message = refused(name, {"depth": 3}, tmp_path)
     assert message.startswith(f"task.options.depth: not an option of the task `{name}` (allowed: ")
-    assert "hidden" in message
+    assert ("max_tokens" if name.startswith("hf-") else "hidden") in message
 
 
 def test_a_users_own_task_of_twenty_lines_trains(tmp_path: Path) -> None:
