@@ -107,7 +107,7 @@ class LanguageOptions(Struct, frozen=True, kw_only=True):
     train: what learns, one or several of: "all" parameters; the scales and biases of the "norms"; the "head" that gives
         scores; low-rank adapters ("lora", arXiv 2106.09685) beside the weights; a "prefix" of input embeddings (arXiv
         2101.00190); or patterns of parameters' names such as "layers.2?.mlp.*". Without gradients, a thousand scalars
-        move a head or norms and hardly anything else; adapters are for training with gradients.
+        teach a head much, norms something, and the rest hardly anything: adapters are for training with gradients.
     lora_rank, lora_alpha: of "lora": width of the adapters, and `alpha / rank` scales what they add.
     lora_targets: names of the layers that get adapters. None: the queries and values of attention, where known.
     prefix_tokens: of "prefix": how many embeddings.
@@ -159,7 +159,7 @@ class HfClassifierOptions(LanguageOptions, frozen=True, kw_only=True):
     pool: Literal["last", "mean"] | None = None
     standardise: bool = True
     reference: str | None = None
-    train: str | tuple[str, ...] = ("norms", "head")
+    train: str | tuple[str, ...] = "head"
 
 
 class HfCausalLmOptions(LanguageOptions, frozen=True, kw_only=True):

@@ -172,6 +172,8 @@ class ScalarLearning(Machine):
         """What the worker begins with."""
         self._timer_name = ""
         self._silent_until = 0
+        self._spoken = 0
+        """The last round that it has spoken in: a crowded round may have no place for its record."""
         self._silent_since = 0.0
         self._remembers = False
         """Whether it began with what it had kept."""
@@ -311,7 +313,7 @@ class ScalarLearning(Machine):
 
     def _is_silent(self, now: float) -> bool:
         """Whether it has spoken in this round before, or may have; or would measure at a state that is not the others'."""
-        newest = self._log.newest_of(self._signatures.author)
+        newest = max(self._log.newest_of(self._signatures.author), self._spoken)
         if now - self._silent_since <= HEARD_FOR * self._settings.deadline_s:
             newest = max(newest, self._silent_until)
         return newest > self.round or self._is_guest or self._adopting is not None
@@ -340,7 +342,7 @@ class ScalarLearning(Machine):
         out = self._answered()
         if self._measuring != self.round + 1:  # overtaken while it measured
             return out + self._go_on(now)
-        if self._log.newest_of(self._signatures.author) >= self._measuring:
+        if max(self._log.newest_of(self._signatures.author), self._spoken) >= self._measuring:
             return out + self._collect(now)  # others have brought back what it said before it lost its disk
         return out + self._speak(now, self._measuring, event.codes) + self._collect(now)
 
@@ -352,6 +354,7 @@ class ScalarLearning(Machine):
         built_on = state_id(self._sealed)
         data = signed_bytes(self._signed_terms, round_, codes, built_on)
         record = ScalarRecord(self._signatures.author, round_, codes, built_on, self._signatures.sign(data))
+        self._spoken = max(self._spoken, round_)
         if self._log.add(record) is not Outcome.NEW:
             return []
         self._counts["own"] += 1
