@@ -108,6 +108,10 @@ class ScalarLog:
         self.num_void += 1
         return Outcome.VOIDED
 
+    def has_spoken(self, author: bytes, round_: int) -> bool:
+        """Whether this author has a slot in this round."""
+        return round_ in self._rounds and author in self._rounds[round_].slots
+
     def holds(self, record: ScalarRecord) -> bool:
         """Whether putting it in would change nothing."""
         if record.round <= self.sealed:

@@ -217,6 +217,8 @@ class ScalarLearning(Machine):
         for record in sorted(event.records, key=lambda record: record.round):
             self._log.add(record)
             self._votes.hear(now, record)
+            if record.author == self._signatures.author:
+                self._spoken = record.round
         self._votes.remember(Checkpoint(0, self._base, 0, event.ref))
         self._votes.remember(self._sealed)
         self._head = self._sealed.ref
@@ -349,8 +351,8 @@ class ScalarLearning(Machine):
     def _speak(self, now: float, round_: int, codes: bytes) -> list[Output]:
         """Sign, keep, and pass on."""
         assert self._sealed is not None
-        if self._is_guest:
-            return []
+        if self._is_guest or self._log.has_spoken(self._signatures.author, round_):
+            return []  # what it said before it lost its disk has come back
         built_on = state_id(self._sealed)
         data = signed_bytes(self._signed_terms, round_, codes, built_on)
         record = ScalarRecord(self._signatures.author, round_, codes, built_on, self._signatures.sign(data))
