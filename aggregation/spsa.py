@@ -44,6 +44,9 @@ to nothing beside that many."""
 
 T = TypeVar("T")
 
+KeysOf = Callable[[bytes, int, int], Sequence[int]]
+"""(author, round, how many) -> the keys of its first directions in that round."""
+
 
 class Round(NamedTuple):
     """What all authors said in one round.
@@ -200,12 +203,13 @@ def _cut(codes: bytes, limit: int) -> NDArray[np.float64]:
 
 # --- replaying ------------------------------------------------------------------------------------------
 def coefficients(codes: bytes, scale: float, limit: int = LEVEL) -> NDArray[np.float32]:
-    """-scale * value of each code, cut to the limit, in float64 and then rounded to float32.
+    """-scale * value of each code, cut to the limit, in float64 and then rounded to float32. Without a code there is nothing
+    to scale.
 
     Raises ValueError for a scale that is not above 0 or takes a value out of float32's range.
     """
     largest = scale * float(DECODED[LEVEL])
-    if not (scale > 0 and largest <= FLOAT32_MAX):
+    if len(codes) and not (scale > 0 and largest <= FLOAT32_MAX):
         raise ValueError(f"scale must be above 0, and small enough for float32, not {scale!r}")
     return (-scale * _cut(codes, limit)).astype(np.float32)
 
@@ -220,6 +224,7 @@ def replay(
     every: int,
     kind: str = GENERATOR,
     undecayed: Collection[str] = (),
+    keys_of: KeysOf | None = None,
 ) -> ClipState:
     """Apply rounds to `params` in place, in as few passes as can be, and hand on the clip.
 
@@ -232,6 +237,7 @@ def replay(
         clip: as the rounds before left it; `open_clip()` at the base.
         base: 32 bytes that name what the run began from, for the keys of the directions.
         undecayed: names of parameters that do not decay.
+        keys_of: an author's keys in a round, for a caller that knows them already; None makes them by `seed_key`.
 
     Raises ValueError for rounds or authors out of order, and whatever `coefficients`, `clip_after`, `seed_key` and
     `apply_steps` raise; passes before the faulty round may have been applied by then.
@@ -239,11 +245,15 @@ def replay(
     steps: list[Step] = []
     num_keys = 0
     for each, codes, limit, clip_next in _clipped(rounds, clip, quantile, every):
-        keys = tuple(
-            seed_key(base, author, each.number, sample)
-            for author, said in each.entries
-            for sample in range(len(said))
-        )
+        said = ((author, each.number, len(codes)) for author, codes in each.entries)
+        if keys_of is not None:
+            keys = tuple(key for where in said for key in keys_of(*where))
+        else:
+            keys = tuple(
+                seed_key(base, author, number, sample)
+                for author, number, count in said
+                for sample in range(count)
+            )
         steps.append(Step(keys, coefficients(codes, each.scale, limit), each.decay))
         num_keys += len(keys)
         if num_keys >= KEYS_AT_A_TIME:

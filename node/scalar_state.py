@@ -16,14 +16,15 @@ from torch import Tensor, nn
 
 from aggregation import spsa
 from aggregation.base import Params
-from aggregation.perturbation import FORMATS, GAUSSIAN, GENERATOR, apply_steps, params_digest, trained
+from aggregation.perturbation import apply_steps, params_digest, trained
 from aggregation.scalar_code import LEVEL
+from node.scalar_measuring import trained_by_scalars, undecayed
 from node.state_file import StateFile
 from node.tasks import Task, build_model
 from node.weights import Schema, TensorSpec, all_sane, schema_of
 from protocols.errors import ConfigError, LocalError, PeerError
 from protocols.events import RoundScalars
-from protocols.scalar_terms import ScalarSettings
+from protocols.scalar_terms import GENERATORS, ScalarSettings
 from protocols.vocabulary import Reason
 
 BASE_SEED = 0
@@ -36,8 +37,6 @@ pool, whose parameters follow from them, the sums of its directions, float64 [po
 NUM_LEVELS = LEVEL + 1
 MAX_COUNT = 2**48
 """Of one level in the running clip, so that a peer's numbers do not overflow when they are added up."""
-KINDS = {"rademacher": GENERATOR, "gaussian": GAUSSIAN}
-"""What `scalars.direction` is called in `aggregation.perturbation`."""
 
 
 # --- the base -------------------------------------------------------------------------------------------
@@ -51,18 +50,7 @@ def base_module(task: Task, seed: int | None) -> nn.Module:
         module = build_model(task, BASE_SEED if seed is None else seed).eval()
     except Exception as error:  # the user's own model, which may raise anything
         raise ConfigError("task.name", f"the model of '{task.name}' cannot be made: {error!r}") from error
-    params = trained(module)
-    if not params:
-        raise ConfigError(
-            "task.name", f"no parameter of '{task.name}' requires a gradient: nothing is learnt"
-        )
-    for name, tensor in params.items():
-        if tensor.dtype not in FORMATS:
-            raise ConfigError(
-                "task.name",
-                f"{name} is {tensor.dtype}, which scalars cannot train",
-                [str(dtype).removeprefix("torch.") for dtype in FORMATS],
-            )
+    trained_by_scalars(task, module, "task.name")
     return module
 
 
@@ -121,7 +109,7 @@ class State(ABC):
         """tensors: that are in its file beside the clip."""
         self._params = trained(module)
         self._digest = base
-        self._kind = KINDS[settings.direction]
+        self._kind = GENERATORS[settings.direction]
         self._base = _Base(module, self._params, scratch)
         self._quantile = settings.clip_quantile
         self._every = settings.checkpoint_every
@@ -175,9 +163,7 @@ class State(ABC):
 def _rounds(rounds: Sequence[RoundScalars]) -> Iterator[spsa.Round]:
     for each in rounds:
         entries = [(record.author, record.codes) for record in each.records]
-        # Where nobody measured anything there is nothing to scale, and the scale is 0.
-        scale = each.scale if any(codes for _, codes in entries) else 1.0
-        yield spsa.Round(each.round, scale, each.decay, entries)
+        yield spsa.Round(each.round, each.scale, each.decay, entries)
 
 
 class Direct(State):
@@ -185,8 +171,7 @@ class Direct(State):
 
     def __init__(self, settings: ScalarSettings, module: nn.Module, base: bytes, scratch: Path) -> None:
         super().__init__(settings, module, base, scratch, schema_of(trained(module)))
-        self._undecayed = frozenset(name for name, tensor in self._params.items() if tensor.dim() < 2)
-        """Biases and the scales of norms."""
+        self._undecayed = undecayed(self._params)
 
     def reset(self) -> None:
         self._base.restore()

@@ -1,26 +1,23 @@
 """The work of a node that learns by shared-seed scalars: measure scalars, replay rounds, evaluate, in one module.
 
-Belongs here: which samples and directions a scalar is measured on, and which state the module is in.
+Belongs here: which state the module is in. What a scalar is, is said in `scalar_measuring.py`.
 """
 
 import math
 import os
 
-import msgspec
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from aggregation import spsa
-from aggregation.perturbation import pool_key, seed_key, trained
-from aggregation.scalar_code import encode
+from aggregation.perturbation import trained
 from node.compute import WorkOrder, WorkResult
-from node.randomness import RoundStreams, stream
-from node.scalar_state import KINDS, State
+from node.scalar_measuring import codes_of, direction_key, measure, scalar_batches, scalar_streams
+from node.scalar_state import State
 from node.settings import TrainingSettings
 from node.store import BlobStore
 from node.tasks import Task
-from node.training import batch_indices, evaluate_module
+from node.training import evaluate_module
 from protocols.errors import LocalError
 from protocols.events import (
     Aggregate,
@@ -72,7 +69,7 @@ class ScalarWork:
         self._author = author
         self._seed = seed
         self._node = node
-        self._batches = RoundStreams(seed, [node], "scalar batches")
+        self._streams = scalar_streams(seed, [node])
         self._noise = np.random.Generator(np.random.Philox(int.from_bytes(os.urandom(32), "big")))
         """Nobody can know it, nor draw it again."""
         self._names: frozenset[bytes] = frozenset({base})
@@ -133,56 +130,17 @@ class ScalarWork:
         self._go_to(order.ref)
         self._state.settle()
         self._module.eval()
-        settings = self._settings
-        draws = stream(self._seed, self._node, "scalar rounding", order.round).random(order.num_samples)
-        codes = bytearray()
-        for sample, batch in enumerate(self._batches_of(order)):
-            value = self._measure(order.round, sample, batch)
+        settings, round_ = self._settings, order.round
+        inputs, _ = self._task.train
+        batches = scalar_batches(self._streams, 0, round_, order.num_samples, len(inputs), self._training)
+        values = []
+        for sample, batch in enumerate(torch.from_numpy(batches).to(inputs.device)):
+            key = direction_key(settings, self._base, self._author, round_, sample)
+            value = measure(self._task, self._module, self._params, batch, key, settings, self._noise)
             if not math.isfinite(value):
                 raise LocalError(
-                    f"the loss is not finite in round {order.round}; scalars.learning_rate is too high, or "
+                    f"the loss is not finite in round {round_}; scalars.learning_rate is too high, or "
                     "scalars.epsilon"
                 )
-            codes.append(encode(value, float(draws[sample]) if settings.rounding == "stochastic" else None))
-        return Estimated(order.token, bytes(codes))
-
-    def _batches_of(self, order: Estimate) -> Tensor:
-        """Which of the node's samples each scalar is measured on: [scalars, batch]."""
-        settings = msgspec.structs.replace(self._training, local_steps=order.num_samples)
-        inputs, _ = self._task.train
-        (batches,) = batch_indices(self._batches, [(0, order.round)], len(inputs), settings)
-        return torch.from_numpy(batches).to(inputs.device)
-
-    def _measure(self, round_: int, sample: int, batch: Tensor) -> float:
-        settings, task = self._settings, self._task
-        inputs, targets = (part.index_select(0, batch) for part in task.train)
-        key, kind = self._key(round_, sample), KINDS[settings.direction]
-
-        def loss() -> float:
-            with torch.inference_mode():
-                return float(task.loss(self._module(inputs), targets))
-
-        def losses() -> Tensor:
-            with torch.inference_mode():
-                outputs = self._module(inputs)
-                rows = range(len(targets))
-                return torch.stack([task.loss(outputs[i : i + 1], targets[i : i + 1]) for i in rows])
-
-        if settings.private_clip is None:
-            return spsa.central_difference(loss, self._params, key, settings.epsilon, kind)
-        return spsa.private_difference(
-            losses,
-            self._params,
-            key,
-            settings.epsilon,
-            settings.private_clip,
-            settings.private_noise,
-            self._noise,
-            kind,
-        )
-
-    def _key(self, round_: int, sample: int) -> int:
-        where = self._base, self._author, round_, sample
-        if self._settings.pool:
-            return pool_key(self._base, spsa.pool_index(*where, self._settings.pool))
-        return seed_key(*where)
+            values.append(value)
+        return Estimated(order.token, codes_of(values, settings, self._seed, self._node, round_))

@@ -1,7 +1,7 @@
 """Scalars measured for many nodes at once, and rounds replayed, on the rows of an engine.
 
 Belongs here: what `LocalEngine` does where nodes learn by scalars. Directions, codes and replays are those of
-`aggregation`, and which samples a scalar is measured on follows from the streams of `node/scalar_work.py`: a scalar is
+`aggregation`, and what a scalar is that of `node/scalar_measuring.py`: a scalar is
 what a daemon would measure, to rounding, and a replay is the same to the bit.
 """
 
@@ -21,26 +21,28 @@ from torch.func import functional_call, vmap
 from aggregation import spsa
 from aggregation.base import Params
 from aggregation.perturbation import (
-    FORMATS,
-    GAUSSIAN,
     GENERATOR,
-    Step,
     apply_steps,
     normals,
-    pool_key,
-    seed_key,
     signs_of,
     trained,
 )
-from aggregation.scalar_code import encode
 from node.partition import Indices
-from node.randomness import RoundStreams, stream
+from node.randomness import stream
+from node.scalar_measuring import (
+    codes_of,
+    direction_key,
+    measure,
+    scalar_batches,
+    scalar_streams,
+    trained_by_scalars,
+    undecayed,
+)
 from node.settings import TrainingSettings
 from node.tasks import Task
-from node.training import batch_indices
 from node.weights import all_sane
-from protocols.errors import ConfigError, LocalError
-from protocols.scalar_terms import ScalarSettings
+from protocols.errors import LocalError
+from protocols.scalar_terms import GENERATORS, ScalarSettings
 from protocols.vocabulary import PeerId, one_line
 from sim.calibration import NEVER, NUM_PLAIN, TOLERANCE, Choice, compare, disagreement, tile_size
 from sim.orders import NO_SLOT, Estimate, Replay, ReplayedRound
@@ -48,7 +50,6 @@ from sim.rows import Rows
 from sim.scenarios import ComputeSettings
 from sim.signing import author_of
 
-_KINDS = {"rademacher": GENERATOR, "gaussian": GAUSSIAN}
 MAX_KNOWN_KEYS = 20_000
 """Authors' rounds whose keys are kept: hashing them anew would take longer than applying them."""
 LARGEST_TOGETHER = 1_000_000
@@ -90,14 +91,13 @@ class ScalarPart:
         self._settings, self._training, self._seed = settings, training, seed
         self._base, self._compute = base, compute
         self._authors = [author_of(PeerId(name)) for name in names]
-        self._streams = RoundStreams(seed, names, "scalar batches")
-        self._kind = _KINDS[settings.direction]
+        self._streams = scalar_streams(seed, names)
+        self._kind = GENERATORS[settings.direction]
         self._epsilon = float(np.float32(settings.epsilon))
-        params = trained(model)
-        _check(task, params)
+        params = trained_by_scalars(task, model, "data.task")
         self._shapes = {name: tuple(tensor.shape) for name, tensor in params.items()}
         self._sizes = [tensor.numel() for tensor in params.values()]
-        self._undecayed = frozenset(name for name, tensor in params.items() if tensor.dim() < 2)
+        self._undecayed = undecayed(params)
         self._aliases = _aliases(model, params)
         self._codes: dict[int, bytes] = {}
         self._known_keys: dict[tuple[bytes, int], tuple[int, ...]] = {}
@@ -152,17 +152,15 @@ class ScalarPart:
         if failed:
             self._codes[order.slot] = bytes(order.num_samples)
             return failed
-        draws: Sequence[float | None] = [None] * order.num_samples
-        if self._settings.rounding == "stochastic":
-            rng = stream(self._seed, self._names[order.node], "scalar rounding", order.round)
-            draws = rng.random(order.num_samples).tolist()
-        self._codes[order.slot] = bytes(map(encode, values, draws))
+        node = self._names[order.node]
+        self._codes[order.slot] = codes_of(values, self._settings, self._seed, node, order.round)
         return ""
 
     def _scalars_of(self, order: Estimate) -> list[_Scalar]:
         part = self._parts[order.node]
-        settings = msgspec.structs.replace(self._training, local_steps=order.num_samples)
-        (own,) = batch_indices(self._streams, [(order.node, order.round)], len(part), settings)
+        own = scalar_batches(
+            self._streams, order.node, order.round, order.num_samples, len(part), self._training
+        )
         author = self._authors[order.node]
         keys = self._keys(author, order.round, order.num_samples)
         return [_Scalar(order.source, key, part[batch]) for key, batch in zip(keys, own, strict=True)]
@@ -171,23 +169,18 @@ class ScalarPart:
         """Of an author's first directions in a round; many states are made of the same ones."""
         known = self._known_keys.get((author, round_), ())
         if len(known) < count:
-            known = tuple(self._key(author, round_, sample) for sample in range(count))
+            known = tuple(
+                direction_key(self._settings, self._base, author, round_, sample) for sample in range(count)
+            )
             self._known_keys[author, round_] = known
             while len(self._known_keys) > MAX_KNOWN_KEYS:
                 del self._known_keys[next(iter(self._known_keys))]
         return known[:count]
 
-    def _key(self, author: bytes, round_: int, sample: int) -> int:
-        if self._settings.pool:
-            return pool_key(
-                self._base, spsa.pool_index(self._base, author, round_, sample, self._settings.pool)
-            )
-        return seed_key(self._base, author, round_, sample)
-
     def _measure(self, scalars: Sequence[_Scalar]) -> list[float]:
         """All have one size of batch."""
         if self._settings.private_clip is not None:
-            return self._private(scalars, self._settings.private_clip)
+            return self._one_by_one(scalars)
         self._trial_row = scalars[0].row
         choice = self._choice
         if not choice.batches(len(scalars)):
@@ -253,10 +246,18 @@ class ScalarPart:
         return np.stack([normals(key, self._sizes) for key in keys])
 
     def _one_by_one(self, scalars: Sequence[_Scalar]) -> list[float]:
-        """As a daemon does."""
+        """As a daemon does. The noise of a private one follows from the seed, so that a run can be had again; a daemon's
+        must not be known."""
+        device = self._task.train[0].device
         return [
-            spsa.central_difference(
-                self._loss_on(scalar), own, scalar.key, self._settings.epsilon, self._kind
+            measure(
+                self._task,
+                self._model,
+                own,
+                torch.from_numpy(scalar.batch).to(device),
+                scalar.key,
+                self._settings,
+                stream(self._seed, str(scalar.key), "scalar noise"),
             )
             for scalar, own in self._loaded(scalars)
         ]
@@ -268,36 +269,6 @@ class ScalarPart:
             self._model.eval()
             own = trained(self._model)
             yield from ((scalar, own) for scalar in some)
-
-    def _loss_on(self, scalar: _Scalar) -> Callable[[], float]:
-        inputs, targets = (self._samples(part, [scalar])[0] for part in self._task.train)
-
-        def loss() -> float:
-            with torch.inference_mode():
-                return float(self._task.loss(self._model(inputs), targets))
-
-        return loss
-
-    def _private(self, scalars: Sequence[_Scalar], clip: float) -> list[float]:
-        """With noise that follows from the seed, so that a run can be had again; a daemon's must not be known."""
-        values = []
-        for scalar, own in self._loaded(scalars):
-            inputs, targets = (self._samples(part, [scalar])[0] for part in self._task.train)
-
-            def losses(inputs: Tensor = inputs, targets: Tensor = targets) -> Tensor:
-                with torch.inference_mode():
-                    outputs = self._model(inputs)
-                    rows = range(len(targets))
-                    return torch.stack(
-                        [self._task.loss(outputs[i : i + 1], targets[i : i + 1]) for i in rows]
-                    )
-
-            rng = stream(self._seed, str(scalar.key), "scalar noise")
-            noise, epsilon = self._settings.private_noise, self._settings.epsilon
-            values.append(
-                spsa.private_difference(losses, own, scalar.key, epsilon, clip, noise, rng, self._kind)
-            )
-        return values
 
     # --- replaying --------------------------------------------------------------------------------------
     def replay(self, orders: Sequence[Replay]) -> list[str]:
@@ -315,7 +286,17 @@ class ScalarPart:
                 assert sums is not None
                 sums = self._replay_pool(params, order, sums)
             else:
-                self._clips[row] = self._apply(params, order.rounds, clip)
+                self._clips[row] = spsa.replay(
+                    params,
+                    self._rounds(order.rounds),
+                    clip,
+                    base=self._base,
+                    quantile=self._settings.clip_quantile,
+                    every=self._settings.checkpoint_every,
+                    kind=self._kind,
+                    undecayed=self._undecayed,
+                    keys_of=self._keys,
+                )
             for name, tensor in params.items():
                 if not all_sane(tensor):
                     raise LocalError(f"{name} is not finite any more; scalars.learning_rate is too high")
@@ -331,20 +312,6 @@ class ScalarPart:
         if sums is not None:
             self._sums[row] = sums
         return failed
-
-    def _apply(self, params: Params, rounds: Sequence[ReplayedRound], clip: spsa.ClipState) -> spsa.ClipState:
-        """As `spsa.replay`, with keys that are known already."""
-        settings, steps = self._settings, []
-        for each in self._rounds(rounds):
-            said = [self._keys(author, each.number, len(codes)) for author, codes in each.entries]
-            codes = b"".join(codes for _, codes in each.entries)
-            coefficients = spsa.coefficients(codes, each.scale, clip.limit)
-            steps.append(Step(tuple(itertools.chain(*said)), coefficients, each.decay))
-            clip = spsa.clip_after(
-                clip, each.number, codes, settings.clip_quantile, settings.checkpoint_every
-            )
-        apply_steps(params, steps, kind=self._kind, undecayed=self._undecayed)
-        return clip
 
     def _replay_pool(self, params: Params, order: Replay, sums: NDArray[np.float64]) -> NDArray[np.float64]:
         """What the sums stand for, applied to what all began with."""
@@ -371,8 +338,7 @@ class ScalarPart:
             entries = [
                 (author, codes if slot == NO_SLOT else self._codes[slot]) for author, slot, codes in scalars
             ]
-            # Where nobody measured anything there is nothing to scale, and the scale is 0.
-            yield spsa.Round(number, scale if any(codes for _, codes in entries) else 1.0, decay, entries)
+            yield spsa.Round(number, scale, decay, entries)
 
     # --- choosing ---------------------------------------------------------------------------------------
     @cached_property
@@ -429,20 +395,6 @@ class ScalarPart:
             for number in range(count)
             for scalar in self._scalars_of(Estimate(0, self._trial_row, node, number, 1))
         ]
-
-
-def _check(task: Task, params: Params) -> None:
-    if not params:
-        raise ConfigError(
-            "data.task", f"no parameter of '{task.name}' requires a gradient: nothing is learnt"
-        )
-    for name, tensor in params.items():
-        if tensor.dtype not in FORMATS:
-            raise ConfigError(
-                "data.task",
-                f"{name} is {tensor.dtype}, which scalars cannot train",
-                [str(dtype).removeprefix("torch.") for dtype in FORMATS],
-            )
 
 
 def _aliases(model: torch.nn.Module, params: Mapping[str, Tensor]) -> dict[str, str]:
