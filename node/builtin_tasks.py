@@ -92,7 +92,7 @@ def digits(options: DigitsOptions, base: Path) -> Task:
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
-    train, test = _split(labels, 0.2)
+    train, test = split_samples(labels, 0.2)
     x, y = torch.from_numpy(images / 16.0).float(), torch.from_numpy(labels).long()
     return Task(
         name="digits",
@@ -102,8 +102,11 @@ def digits(options: DigitsOptions, base: Path) -> Task:
     )
 
 
-def _split(targets: NDArray[Any], test_fraction: float) -> tuple[Indices, Indices]:
-    """Training and test indices, sorted. Stratified: evenly spaced picks from a shuffle sorted by target."""
+def split_samples(targets: NDArray[Any], test_fraction: float) -> tuple[Indices, Indices]:
+    """Training and test indices, sorted. Stratified: evenly spaced picks from a shuffle sorted by target.
+
+    Raises ConfigError where the share holds out nothing.
+    """
     shuffled = stream(SPLIT_SEED, "split").permutation(len(targets))
     by_target = shuffled[np.argsort(targets[shuffled], kind="stable")]
     quota = np.floor(np.arange(len(targets) + 1) * test_fraction)
@@ -129,12 +132,12 @@ def _table_task(builtin: str, options: TableOptions, train: _Table, test: _Table
     tables = [train] if test is None else [train, test]
     if kind == "classification":
         classes = _classes(np.concatenate([_label_names(table.y) for table in tables]), options)
-        targets = [_encode(_label_names(table.y), classes) for table in tables]
+        targets = [encode_labels(_label_names(table.y), classes) for table in tables]
     else:
         classes = []
         targets = [_numbers(table.y) for table in tables]
     if test is None:
-        kept, held_out = _split(targets[0], options.test_fraction)
+        kept, held_out = split_samples(targets[0], options.test_fraction)
         inputs = [train.x[kept], train.x[held_out]]
         targets = [targets[0][kept], targets[0][held_out]]
     else:
@@ -194,7 +197,7 @@ def _classes(names: NDArray[Any], options: TableOptions) -> list[str]:
     if options.classes is None:
         if len(found) < 2:
             raise ConfigError("task.options.label", f"classification needs at least 2 classes, found {found}")
-        return _sorted_names(found)
+        return sorted_names(found)
     classes = [str(name) for name in options.classes]
     if len(set(classes)) < max(2, len(classes)):
         raise ConfigError("task.options.classes", f"{classes} are not at least 2 different names")
@@ -205,14 +208,16 @@ def _classes(names: NDArray[Any], options: TableOptions) -> list[str]:
     return classes
 
 
-def _sorted_names(names: set[str]) -> list[str]:
+def sorted_names(names: set[str]) -> list[str]:
+    """Classes in their order: by value where all are numbers, else as text."""
     try:
         return sorted(names, key=float)
     except ValueError:
         return sorted(names)
 
 
-def _encode(names: NDArray[Any], classes: list[str]) -> NDArray[np.int64]:
+def encode_labels(names: NDArray[Any], classes: list[str]) -> NDArray[np.int64]:
+    """The index of each label's class. Every label is one of the classes."""
     position = {name: index for index, name in enumerate(classes)}
     return np.array([position[name] for name in names.tolist()], dtype=np.int64)
 
@@ -233,7 +238,8 @@ def _check_finite(path: str, what: str, numbers: NDArray[Any]) -> None:
         raise ConfigError(path, f"{what} at index {place} hold {numbers[tuple(bad[0])]}, not a finite number")
 
 
-def _existing(base: Path, path: str, field: str = "path") -> Path:
+def existing_file(base: Path, path: str, field: str = "path") -> Path:
+    """A file that an option names, from the configuration's folder. Raises ConfigError where there is none."""
     found = base / Path(path).expanduser()
     if not found.is_file():
         raise ConfigError(f"task.options.{field}", f"there is no file {found}")
@@ -243,7 +249,7 @@ def _existing(base: Path, path: str, field: str = "path") -> Path:
 # --- csv --------------------------------------------------------------------------------
 def csv_table(options: CsvOptions, base: Path) -> Task:
     """A text table: every column but the label is a numeric feature. Empty lines are skipped."""
-    rows = _read_rows(_existing(base, options.path), options.delimiter)
+    rows = _read_rows(existing_file(base, options.path), options.delimiter)
     header = _has_header(rows[0][1], options)
     columns = rows[0][1] if header else [str(index) for index in range(len(rows[0][1]))]
     body = rows[1:] if header else rows
@@ -334,7 +340,7 @@ def _is_finite(text: str) -> bool:
 # --- npz and libsvm ---------------------------------------------------------------------
 def npz_table(options: NpzOptions, base: Path) -> Task:
     """Arrays from `numpy.savez`: x [samples, ...] of numbers, flattened; y [samples]."""
-    path = _existing(base, options.path)
+    path = existing_file(base, options.path)
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
@@ -380,9 +386,9 @@ def libsvm_table(options: LibsvmOptions, base: Path) -> Task:
     """Lines of `label index:value ...`, made dense: samples times features times 8 bytes must fit in memory."""
     from sklearn.datasets import load_svmlight_files
 
-    paths = [_existing(base, options.path)]
+    paths = [existing_file(base, options.path)]
     if options.test_path is not None:
-        paths.append(_existing(base, options.test_path, "test_path"))
+        paths.append(existing_file(base, options.test_path, "test_path"))
     try:
         loaded = load_svmlight_files(
             [str(path) for path in paths], n_features=options.features, zero_based=options.zero_based

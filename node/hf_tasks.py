@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from node.builtin_tasks import SPLIT_SEED, _encode, _existing, _sorted_names, _split
+from node.builtin_tasks import SPLIT_SEED, encode_labels, existing_file, sorted_names, split_samples
 from node.randomness import stream, torch_seed, torch_seeded
 from node.tasks import Task
 from protocols.errors import ConfigError
@@ -192,7 +192,7 @@ def hf_classifier(options: HfClassifierOptions, base: Path) -> Task:
             features = _by_length(tokens, _Classifier(pretrained, subset, head, last).eval().pooled)
         head.standardise(features)
     build = partial(_Classifier, pretrained, subset, head, last, None if subset.below else _KeptFeatures())
-    targets = [_encode(np.array(texts.labels), classes) for texts in found]
+    targets = [encode_labels(np.array(texts.labels), classes) for texts in found]
     train, test = _pairs(options, found, targets, partial(_tokens, pretrained, options, template))
     meaning = [template, classes, words, last, reference]
     return Task(
@@ -753,11 +753,11 @@ def _classes(options: HfClassifierOptions, labels: Sequence[str]) -> list[str]:
     """The classes in their order: as listed, else numbers by value and text by code point."""
     found, field = set(labels), "classes"
     if isinstance(options.verbaliser, Mapping):
-        classes, field = _sorted_names(set(options.verbaliser)), "verbaliser"
+        classes, field = sorted_names(set(options.verbaliser)), "verbaliser"
     elif options.classes is not None:
         classes = [str(name) for name in options.classes]
     else:
-        classes = _sorted_names(found)
+        classes = sorted_names(found)
     if len(set(classes)) < max(2, len(classes)):
         raise _wrong(field, f"{classes} are not at least 2 different classes")
     if unknown := sorted(found - set(classes)):
@@ -812,7 +812,7 @@ def _texts(options: LanguageOptions, base: Path, label: str | int | Literal[Fals
     found = []
     for field, name in paths.items():
         if name is not None:
-            rows = _rows(_existing(base, name, field), field, columns, options.header)
+            rows = _rows(existing_file(base, name, field), field, columns, options.header)
             found.append(_Texts([row[0] for row in rows], [row[-1] for row in rows]))
     return found
 
@@ -820,7 +820,9 @@ def _texts(options: LanguageOptions, base: Path, label: str | int | Literal[Fals
 def _reference_texts(options: HfClassifierOptions, base: Path) -> list[str]:
     if options.reference is None:
         return list(REFERENCE_TEXTS)
-    rows = _rows(_existing(base, options.reference, "reference"), "reference", {"text": None}, header=False)
+    rows = _rows(
+        existing_file(base, options.reference, "reference"), "reference", {"text": None}, header=False
+    )
     if len(rows) < MIN_REFERENCE_TEXTS:
         raise _wrong("reference", f"{len(rows)} texts", [f"at least {MIN_REFERENCE_TEXTS}, better a hundred"])
     return [row[0] for row in rows]
@@ -907,7 +909,8 @@ def _pairs(
     """Training and test samples as tokens and targets: split where there is no test file, then limited."""
     if len(found) == 1:
         parts = [
-            (found[0].texts, targets[0], indices) for indices in _split(targets[0], options.test_fraction)
+            (found[0].texts, targets[0], indices)
+            for indices in split_samples(targets[0], options.test_fraction)
         ]
     else:
         parts = [(texts.texts, y, np.arange(len(y))) for texts, y in zip(found, targets, strict=True)]

@@ -3,7 +3,7 @@
 Belongs here: what `covey run`, `covey log` and `covey verify` share of learning by scalars.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -16,9 +16,8 @@ from node.signatures import author_of, peer_of_author
 from node.store import newest_checkpoints, verify_checkpoint
 from protocols.errors import ConfigError, LocalError, PeerError
 from protocols.messages import Terms
-from protocols.scalar_log import ScalarLog, signed_bytes
+from protocols.scalar_log import LogStatus, ScalarLog, log_status, signed_bytes
 from protocols.scalar_terms import counting_rounds, misfit, terms_digest, terms_of
-from protocols.scalars import LogStatus
 from protocols.vocabulary import MAX_ROUND, Checkpoint, PeerId, ScalarRecord
 
 if TYPE_CHECKING:
@@ -115,18 +114,7 @@ def describe_stopped(home: Path) -> dict[str, Any]:
             log.add(record)
         present = log.rounds(log.sealed + 1, MAX_ROUND)
         last = max(log.sealed, _last_round(present, terms))
-        status = LogStatus(
-            round=last,
-            num_records=log.num_records,
-            num_void=log.num_void,
-            cut=log.cut,
-            sealed=sealed,
-            proposed=None,
-            log=log.chain(last).hex(),
-            authors={author.hex(): log.newest_of(author) for author in sorted(log.authors(0))},
-            missing=tuple(_gaps([*present, last], log.sealed)),
-            counts={},
-        )
+        status = log_status(log, last, sealed, proposed=None, counts={})
         return describe(status, store, running=False)
 
 
@@ -141,13 +129,6 @@ def _last_round(rounds: Sequence[int], terms: Terms) -> int:
     """The last that is replayed: after the last of all, nodes say in further ones on what they stand."""
     last = max(rounds, default=0)
     return min(last, terms.rounds) if terms.rounds else last
-
-
-def _gaps(present: Sequence[int], before: int) -> Iterator[tuple[int, int]]:
-    for number in present:
-        if number > before + 1:
-            yield before + 1, number - 1
-        before = number
 
 
 # --- from the log to the state --------------------------------------------------------------------------

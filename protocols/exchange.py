@@ -92,20 +92,19 @@ class Exchange(Machine):
         return out
 
     def is_coming(self, ref: ModelRef) -> bool:
-        """Whether it is being fetched, or waits for another attempt."""
-        return self._in_transit(ref)
+        """Whether these bytes are being fetched, or wait for another attempt, from whichever peer; one copy is enough."""
+        transfers = self._transfers
+        return bool(transfers) and any(item.ref.digest == ref.digest for item in transfers.values())
 
     def want(self, peer: PeerId, ref: ModelRef) -> list[Output]:
         """Fetch this model from a neighbour that says it holds it, though it offered nothing. Asked for again while it is
         on its way, or while another comes from that peer, nothing happens."""
-        if self._in_transit(ref) or ref.size_bytes > self._max_model_bytes:
+        if self.is_coming(ref) or ref.size_bytes > self._max_model_bytes:
             return []
         busy = any(transfer.peer == peer for transfer in self._transfers.values())
         if busy or len(self._transfers) >= self._settings.max_parallel_fetches:
             return []
-        self._next_token += 1
-        self._transfers[self._next_token] = _Transfer(peer, ref)
-        return self._attempt(self._next_token)
+        return self._begin(peer, ref)
 
     def hold(self, ref: ModelRef) -> None:
         """Somebody in the core needs this model."""
@@ -121,7 +120,7 @@ class Exchange(Machine):
             return []
         del self._held[digest]
         # The same bytes may be coming in from a peer: then the end of that transfer settles it.
-        return [] if self._in_transit(ref) else [Forget(ref)]
+        return [] if self.is_coming(ref) else [Forget(ref)]
 
     # --- events -----------------------------------------------------------------------------------------
     def _on_offer(self, now: float, event: Received) -> list[Output]:
@@ -175,21 +174,19 @@ class Exchange(Machine):
                 out += self._hand_on(peer, self._waiting.pop(peer))
             elif len(self._transfers) >= self._settings.max_parallel_fetches:
                 break
-            elif not self._in_transit(ref):
-                self._next_token += 1
-                self._transfers[self._next_token] = _Transfer(peer, self._waiting.pop(peer))
-                out += self._attempt(self._next_token)
+            elif not self.is_coming(ref):
+                out += self._begin(peer, self._waiting.pop(peer))
         return out
-
-    def _in_transit(self, ref: ModelRef) -> bool:
-        """The same bytes may be on their way from another peer; one copy is enough."""
-        transfers = self._transfers
-        return bool(transfers) and any(item.ref.digest == ref.digest for item in transfers.values())
 
     def _hand_on(self, peer: PeerId, ref: ModelRef) -> list[Output]:
         """The learning protocol takes over this hold, and releases it."""
         self.hold(ref)
         return [ModelArrived(peer, ref)]
+
+    def _begin(self, peer: PeerId, ref: ModelRef) -> list[Output]:
+        self._next_token += 1
+        self._transfers[self._next_token] = _Transfer(peer, ref)
+        return self._attempt(self._next_token)
 
     def _attempt(self, token: int) -> list[Output]:
         transfer = self._transfers[token]

@@ -9,10 +9,12 @@ that an author signed for one round are the proof of its equivocation, and neith
 
 import hashlib
 from bisect import insort
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from enum import Enum, auto
 from itertools import islice
 from typing import NamedTuple
+
+from msgspec import Struct
 
 from protocols.messages import RoundRange
 from protocols.vocabulary import RECORD_ID_BYTES, Checkpoint, RecordId, ScalarRecord
@@ -287,3 +289,56 @@ def _void_id(record: ScalarRecord) -> RecordId:
 def _place(author: bytes, round_: int) -> bytes:
     """Where an author stands in a crowded round. Drawn anew for each round, so that nobody is left out for good."""
     return hashlib.sha256(_CROWD + author + round_.to_bytes(8, "big")).digest()
+
+
+# --- for the operator -----------------------------------------------------------------------------------
+class LogStatus(Struct, frozen=True):
+    """The log of one node, for the operator."""
+
+    round: int
+    num_records: int
+    num_void: int
+    cut: int
+    sealed: Checkpoint | None
+    proposed: Checkpoint | None
+    log: str
+    """Digest of the log up to `round`, in hex: equal logs, equal states."""
+    authors: dict[str, int]
+    """Newest round of each author, by its key in hex."""
+    missing: tuple[tuple[int, int], ...]
+    """Rounds after `sealed` without any record, as first and last."""
+    counts: dict[str, int]
+    """Records by what became of them."""
+
+
+def log_status(
+    log: ScalarLog,
+    round_: int,
+    sealed: Checkpoint | None,
+    proposed: Checkpoint | None,
+    counts: Mapping[str, int],
+) -> LogStatus:
+    """A log at a glance. round_: how many the node has behind it."""
+    first = log.sealed + 1
+    return LogStatus(
+        round=round_,
+        num_records=log.num_records,
+        num_void=log.num_void,
+        cut=log.cut,
+        sealed=sealed,
+        proposed=proposed,
+        log=log.chain(max(round_, log.sealed)).hex(),
+        authors={author.hex(): log.newest_of(author) for author in sorted(log.authors(first))},
+        missing=_gaps(log.rounds(first, round_), first, round_),
+        counts=dict(counts),
+    )
+
+
+def _gaps(present: Sequence[int], first: int, last: int) -> tuple[tuple[int, int], ...]:
+    gaps: list[tuple[int, int]] = []
+    expected = first
+    for number in [*present, last + 1]:
+        if number > expected:
+            gaps.append((expected, number - 1))
+        expected = number + 1
+    return tuple(gaps)

@@ -13,7 +13,6 @@ from math import ceil
 from typing import ClassVar
 
 import msgspec
-from msgspec import Struct
 
 from protocols.events import (
     Emit,
@@ -45,7 +44,7 @@ from protocols.exchange import Exchange
 from protocols.machine import Handler, Machine, Output
 from protocols.messages import Holding, Marks, Pull, Ranges, Scalars, Terms
 from protocols.scalar_flood import Flood
-from protocols.scalar_log import Outcome, ScalarLog, signed_bytes
+from protocols.scalar_log import LogStatus, Outcome, ScalarLog, log_status, signed_bytes
 from protocols.scalar_terms import (
     ScalarSettings,
     Signatures,
@@ -74,25 +73,6 @@ MAX_SETTLING = 10
 """Times `deadline_s` that a node waits at its end for the others to seal the last round as it has."""
 HEARD_FOR = 3
 """Times `deadline_s` for which an author's last word counts."""
-
-
-class LogStatus(Struct, frozen=True):
-    """The log of one node, for the operator."""
-
-    round: int
-    num_records: int
-    num_void: int
-    cut: int
-    sealed: Checkpoint | None
-    proposed: Checkpoint | None
-    log: str
-    """Digest of the log up to `round`, in hex: equal logs, equal states."""
-    authors: dict[str, int]
-    """Newest round of each author, by its key in hex."""
-    missing: tuple[tuple[int, int], ...]
-    """Rounds after `sealed` without any record, as first and last."""
-    counts: dict[str, int]
-    """Records by what became of them."""
 
 
 _SYNCING, _ESTIMATING, _COLLECTING, _REPLAYING = (
@@ -173,7 +153,7 @@ class ScalarLearning(Machine):
         self._timer_name = ""
         self._silent_until = 0
         self._spoken = 0
-        """The last round that it has spoken in: a crowded round may have no place for its record."""
+        """The last round that it has spoken in in this life, and in those that it kept records of."""
         self._silent_since = 0.0
         self._remembers = False
         """Whether it began with what it had kept."""
@@ -191,20 +171,7 @@ class ScalarLearning(Machine):
 
     def status(self) -> LogStatus:
         """The log at a glance."""
-        first = self._log.sealed + 1
-        authors = {author.hex(): self._log.newest_of(author) for author in sorted(self._log.authors(first))}
-        return LogStatus(
-            round=self.round,
-            num_records=self._log.num_records,
-            num_void=self._log.num_void,
-            cut=self._log.cut,
-            sealed=self._sealed,
-            proposed=self._proposed,
-            log=self._log.chain(max(self.round, self._log.sealed)).hex(),
-            authors=authors,
-            missing=_gaps(self._log.rounds(first, self.round), first, self.round),
-            counts=dict(self._counts),
-        )
+        return log_status(self._log, self.round, self._sealed, self._proposed, self._counts)
 
     # --- beginning --------------------------------------------------------------------------------------
     def _on_started(self, now: float, event: Started) -> list[Output]:
@@ -225,9 +192,8 @@ class ScalarLearning(Machine):
         self._head_round = self._target = self._sealed.round
         self._exchange.hold(self._head)
         self._exchange.hold(self._sealed.ref)
-        me = self._signatures.author
         # One more than any round that it may have spoken in: a node never says two things about one.
-        self._set_round(max(self._sealed.round, self._log.newest_of(me)))
+        self._set_round(max(self._sealed.round, self._last_spoken()))
         fresh = self.round == 0 and self._settings.wait_for_peers > 0
         wait_s = self._settings.wait_at_most_s if fresh else self._settings.sync_s
         return [self._phase_timer("company" if fresh else "sync", wait_s), self._repair_timer()]
@@ -315,10 +281,15 @@ class ScalarLearning(Machine):
 
     def _is_silent(self, now: float) -> bool:
         """Whether it has spoken in this round before, or may have; or would measure at a state that is not the others'."""
-        newest = max(self._log.newest_of(self._signatures.author), self._spoken)
+        spoken = self._last_spoken()
         if now - self._silent_since <= HEARD_FOR * self._settings.deadline_s:
-            newest = max(newest, self._silent_until)
-        return newest > self.round or self._is_guest or self._adopting is not None
+            spoken = max(spoken, self._silent_until)
+        return spoken > self.round or self._is_guest or self._adopting is not None
+
+    def _last_spoken(self) -> int:
+        """The last round that it has said something of: what it said before it lost its disk may come back, and a crowded
+        round may have no place for its record."""
+        return max(self._log.newest_of(self._signatures.author), self._spoken)
 
     def _where(self, now: float) -> int:
         """Rounds that most have behind them."""
@@ -344,8 +315,8 @@ class ScalarLearning(Machine):
         out = self._answered()
         if self._measuring != self.round + 1:  # overtaken while it measured
             return out + self._go_on(now)
-        if max(self._log.newest_of(self._signatures.author), self._spoken) >= self._measuring:
-            return out + self._collect(now)  # others have brought back what it said before it lost its disk
+        if self._last_spoken() >= self._measuring:
+            return out + self._collect(now)  # others have brought back what it said before
         return out + self._speak(now, self._measuring, event.codes) + self._collect(now)
 
     def _speak(self, now: float, round_: int, codes: bytes) -> list[Output]:
@@ -522,7 +493,7 @@ class ScalarLearning(Machine):
             return []
         if not is_last and now - self._settled_at < self._patience_s:
             return []
-        round_ = max(last, self._log.newest_of(me)) + 1
+        round_ = max(last, self._last_spoken()) + 1
         return self._speak(now, round_, b"") if round_ <= last + MAX_AHEAD else []
 
     def _most_have_closed(self) -> bool:
@@ -621,12 +592,11 @@ class ScalarLearning(Machine):
         if proposed is not None and self._still_holds(proposed) and self._is_agreed(now, proposed, marks):
             out += self._seal(proposed)
         last_round = self._settings.rounds if self._finished() else None
-        found = self._votes.better(now, self._sealed, marks, last_round, self._remembers)
         if self._adopting is not None and self._exchange.is_coming(self._adopting.ref):
-            return (
-                out  # a line may be slower than checkpoints come: what is on its way is better than nothing
-            )
+            # A line may be slower than checkpoints come: what is on its way is better than nothing.
+            return out
         self._adopting = None
+        found = self._votes.better(now, self._sealed, marks, last_round, self._remembers)
         if found is None:
             self._apart_since, self._asked_for = None, 0
             return out
@@ -855,13 +825,3 @@ class ScalarLearning(Machine):
 
 
 _RETRY_S = 5.0
-
-
-def _gaps(present: Sequence[int], first: int, last: int) -> tuple[tuple[int, int], ...]:
-    gaps: list[tuple[int, int]] = []
-    expected = first
-    for number in [*present, last + 1]:
-        if number > expected:
-            gaps.append((expected, number - 1))
-        expected = number + 1
-    return tuple(gaps)
