@@ -558,6 +558,8 @@ class ScalarLearning(Machine):
     def _propose(self, now: float, round_: int) -> list[Output]:
         """Replay the rounds of a checkpoint in order, from the one before, and save the state."""
         assert self._sealed is not None
+        if self.round < round_:  # others have sealed what this node has the records of, and not got to yet
+            self._set_round(round_)
         log, count = self._log.chain(round_), self._log.num_counted(round_)
         rounds = self._rounds(self._sealed.round, round_)
         self._proposing = Checkpoint(round_, log, count, self._sealed.ref)
@@ -632,8 +634,6 @@ class ScalarLearning(Machine):
         out: list[Output] = []
         while len(self._sealed_before) > NUM_SERVED:
             out += self._exchange.release(self._sealed_before.pop(0).ref)
-        if self.round < checkpoint.round:
-            self._set_round(checkpoint.round)
         self._log.seal(checkpoint.round)
         self._remembers = True
         # Whoever seals later, or has fetched an older state, still lacks records of the rounds that are sealed here.

@@ -270,6 +270,8 @@ def test_everything_at_once(seed: int) -> None:
     network.tamper = lambda a, b, message: message
     network.run_to_end()
     everyone_equal(network)
+    for each in network.nodes.values():
+        assert not each.penalties[Reason.MALFORMED], f"seed {seed}: nobody here says what it should not"
 
 
 def assert_nobody_contradicts_itself(network: ScalarNetwork) -> None:
