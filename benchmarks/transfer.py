@@ -6,6 +6,8 @@ Everything runs between real daemon processes on loopback, and what is compared 
 
 fetch_ratio_to_bare_stream  throughput of fetching a 39 MB model (decision to fetch until held and checked)
                             over that of a bare py-libp2p stream between two processes; median of the pairs
+three_sources_speedup       how much faster a model of that size comes from three peers, whose uplinks are limited to
+                            8 MB/s each, than from one of them
 control_message_cpu_ms      CPU of both ends together for one small message on a standing link, at 250 a second
                             each way; `control_message_sparse_cpu_ms` is the same at 50, where each one finds
                             both processes asleep and the caches cold
@@ -14,8 +16,10 @@ idle_cpu_percent            of one core, of a linked daemon that is done learnin
 """
 
 import argparse
+import asyncio
 import json
 import multiprocessing
+import random
 import statistics
 import sys
 import tempfile
@@ -34,7 +38,11 @@ from libp2p.peer.peerinfo import info_from_p2p_addr
 from multiaddr import Multiaddr
 
 from node.cluster import Cluster, LocalNode, local_settings
-from node.libp2p_network import _make_host
+from node.libp2p_network import Libp2pNetwork, _make_host
+from node.ports import NetworkEvent
+from node.store import BlobStore
+from protocols.events import Fetched, LinkUp
+from protocols.vocabulary import ModelRef, PeerId
 
 HIDDEN = [3100, 3100]
 """The digits MLP with 9.8 million parameters."""
@@ -42,6 +50,8 @@ MODEL_BYTES = 4 * (64 * 3100 + 3100 + 3100 * 3100 + 3100 + 3100 * 10 + 10)
 """39.4 MB of float32."""
 BARE = TProtocol("/bare/1")
 WRITE_BYTES = 1024 * 1024
+UP_BYTES_PER_S = 8_000_000
+LISTEN = ["/ip4/127.0.0.1/tcp/0"]
 BEATS = 'covey_messages_total{direction="out",kind="beat"}'
 
 
@@ -50,7 +60,7 @@ def serve_bare(size: int, pipe: Connection) -> None:
     """Send `size` bytes on every stream that is opened."""
 
     async def main() -> None:
-        listen = [Multiaddr("/ip4/127.0.0.1/tcp/0")]
+        listen = [Multiaddr(address) for address in LISTEN]
         host = _make_host(Ed25519PrivateKey.generate(), listen, lambda detail: None)
         block = bytes(WRITE_BYTES)
 
@@ -89,6 +99,66 @@ def read_bare(address: str, size: int) -> float:
             return time.perf_counter() - began
 
     return trio.run(main)
+
+
+# --- several sources ----------------------------------------------------------------------------------------
+def serve_model(folder: Path, pipe: Connection) -> None:
+    """One node with a limited uplink that holds the model, until the other end of the pipe says something."""
+
+    async def main() -> None:
+        store = BlobStore(folder, lambda path: None)
+        ref = store.save(random.Random(1).randbytes(MODEL_BYTES), 1, 1)
+        key = Ed25519PrivateKey.generate()
+        network = Libp2pNetwork(key, LISTEN, store, lambda event: None, up_bytes_per_s=UP_BYTES_PER_S)
+        (address, *_) = await network.start()
+        pipe.send((address, network.me, ref))
+        await asyncio.to_thread(pipe.recv)
+        await network.stop()
+
+    asyncio.run(main())
+
+
+async def fetch_from_some(folder: Path, sources: list[tuple[str, PeerId, ModelRef]]) -> list[float]:
+    """Seconds of a fetch from the first source, and of one from all."""
+    heard: asyncio.Queue[NetworkEvent] = asyncio.Queue()
+    store = BlobStore(folder, lambda path: None)
+    network = Libp2pNetwork(Ed25519PrivateKey.generate(), LISTEN, store, heard.put_nowait)
+    await network.start()
+    for address, _, _ in sources:
+        network.dial(address)
+    for _ in sources:
+        assert isinstance(await heard.get(), LinkUp)
+    peers, ref, times = [peer for _, peer, _ in sources], sources[0][2], []
+    for token, others in enumerate(([], peers[1:])):
+        began = time.perf_counter()
+        network.fetch(token, peers[0], ref, others)
+        event = await heard.get()
+        assert isinstance(event, Fetched), event
+        times.append(time.perf_counter() - began)
+        store.forget(ref.digest)
+    await network.stop()
+    return times
+
+
+def measure_parallel(folder: Path, say: Callable[[str], None]) -> dict[str, float]:
+    """The same model from one of three peers and from all of them."""
+    context = multiprocessing.get_context("spawn")
+    pipes, servers = [], []
+    for number in range(3):
+        home = folder / str(number)
+        home.mkdir(parents=True)
+        ours, theirs = context.Pipe()
+        servers.append(context.Process(target=serve_model, args=(home, theirs), daemon=True))
+        servers[-1].start()
+        pipes.append(ours)
+    home = folder / "client"
+    home.mkdir()
+    one_s, three_s = asyncio.run(fetch_from_some(home, [pipe.recv() for pipe in pipes]))
+    for pipe, server in zip(pipes, servers, strict=True):
+        pipe.send("stop")
+        server.join()
+    say(f"from one peer of 8 MB/s {one_s:.2f} s, from three {three_s:.2f} s")
+    return {"three_sources_speedup": one_s / three_s}
 
 
 # --- daemons ----------------------------------------------------------------------------------------------
@@ -244,6 +314,7 @@ def main() -> None:
         folder = Path(name)
         result = {
             **measure_fetch(folder / "fetch", arguments.repeats, say),
+            **measure_parallel(folder / "parallel", say),
             **measure_messages_and_idle(folder / "messages", arguments.seconds, say),
             **measure_lateness(folder / "lateness", arguments.seconds, say),
         }
@@ -252,6 +323,7 @@ def main() -> None:
         return
     targets = {
         "fetch_ratio_to_bare_stream": ">= 0.8",
+        "three_sources_speedup": "> 2",
         "control_message_cpu_ms": "< 1.5",
         "loop_lateness_ms_max": "< 50",
         "idle_cpu_percent": "< 2",

@@ -1,6 +1,5 @@
 """The `covey` command. Exit codes: 0 done, 1 failed, 2 wrong usage or config, 130 interrupted."""
 
-import json
 import os
 import shutil
 import sys
@@ -10,17 +9,30 @@ from typing import Annotated, Any
 
 import msgspec
 import typer
-from rich.console import Console
 from rich.markup import escape
 
-from node import api
-from node.config import CONFIG_FILE, Config, Setting, load_config, parse_setting, to_toml, toml_value
+from node import api, network_cli
+from node.cli_common import (
+    DEFAULT_HOME,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    Home,
+    Json,
+    Options,
+    Protocol,
+    Settings,
+    TaskName,
+    check_rule,
+    err,
+    out,
+    print_json,
+    report,
+    run_node,
+    settings_of,
+)
+from node.config import CONFIG_FILE, Setting, load_config, to_toml, toml_value
 from node.identity import KEY_FILE, create_key, load_key, peer_id_of
 from protocols.errors import ConfigError, CoveyError, LocalError
-
-EXIT_FAILED = 1
-EXIT_USAGE = 2
-EXIT_INTERRUPTED = 130
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -31,48 +43,10 @@ app = typer.Typer(
 config_app = typer.Typer(no_args_is_help=True, help="Check or show the node's config.")
 app.add_typer(config_app, name="config")
 
-Home = Annotated[
-    Path,
-    typer.Option(
-        "--home",
-        envvar="COVEY_HOME",
-        help="The node's folder: config, key, checkpoints.",
-        show_default="~/.covey",
-    ),
-]
-Protocol = Annotated[
-    str | None,
-    typer.Option(
-        help="How to learn: `gossip` exchanges models, `scalars` one byte a gradient estimate, `none` only introduces.",
-        show_default="gossip, or what the config says",
-    ),
-]
-Options = Annotated[
-    list[str] | None,
-    typer.Option("--option", help="An option of the task, as <name>=<value>; may be repeated."),
-]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="A setting of the config, as <table>.<name>=<value>; may be repeated."),
-]
-TaskName = Annotated[
-    str | None,
-    typer.Option(
-        "--task",
-        help="A built-in task, or `my_task.py:make_task`.",
-        show_default="digits, or what the config says",
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON value instead of text.")]
-_HOME = Path("~/.covey").expanduser()
-
-out = Console()
-err = Console(stderr=True)
-
 
 @app.command()
 def init(
-    home: Home = _HOME,
+    home: Home = DEFAULT_HOME,
     task: TaskName = None,
     network: Annotated[str, typer.Option(help="The network's name; others refuse to link.")] = "covey",
     bootstrap: Annotated[list[str] | None, typer.Option(help="A peer to ask first; may be repeated.")] = None,
@@ -92,7 +66,7 @@ def init(
     from node.config import parse_config
     from node.first_config import first_config
 
-    told = _settings(task, protocol, option, set_)
+    told = settings_of(task, protocol, option, set_)
     addresses = {"name": network, "listen": [listen], "bootstrap": bootstrap or []}
     own = [Setting(("network", name), value) for name, value in addresses.items()]
     chosen = next((each.value for each in reversed(told) if each.path == ("learning", "protocol")), "gossip")
@@ -102,7 +76,7 @@ def init(
     (home / CONFIG_FILE).write_text(text, encoding="utf-8")
     peer = peer_id_of(key)
     if as_json:
-        _print_json({"home": str(home), "peer": peer, "config": str(home / CONFIG_FILE)})
+        print_json({"home": str(home), "peer": peer, "config": str(home / CONFIG_FILE)})
         return
     out.print(f"Home    {home}\nPeer    {peer}\nConfig  {home / CONFIG_FILE}\n", highlight=False)
     out.print(f"Start it with: covey run --home {home}", highlight=False)
@@ -115,7 +89,7 @@ def init(
 
 @app.command()
 def run(
-    home: Home = _HOME,
+    home: Home = DEFAULT_HOME,
     task: TaskName = None,
     protocol: Protocol = None,
     option: Options = None,
@@ -125,36 +99,15 @@ def run(
 
     What is given here is for this run alone, and goes on top of the config and the environment.
     """
-    config = load_config(home, os.environ, _settings(task, protocol, option, set_))
-    _check_rule(config)
-    from node.telemetry import configure_logging
-
-    configure_logging(config.log.level, config.log.json)
-    import asyncio
-
-    from node.daemon import Daemon
-
-    daemon = Daemon(config, home)
-    code = 0
-    try:
-        asyncio.run(daemon.run())
-    except (CoveyError, OSError) as error:
-        code = _report(error)
-    if daemon.working:
-        # Python would unwind the training thread through torch's C++ and abort. All is flushed: leave at once.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    if code:
-        raise typer.Exit(code)
+    run_node(load_config(home, os.environ, settings_of(task, protocol, option, set_)), home)
 
 
 @app.command()
-def status(home: Home = _HOME, as_json: Json = False) -> None:
+def status(home: Home = DEFAULT_HOME, as_json: Json = False) -> None:
     """What the running node is doing."""
     data = api.call(home, "/status")
     if as_json:
-        _print_json(data)
+        print_json(data)
         return
     metrics = "  ".join(
         f"{name} not finite" if value is None else f"{name} {value:.4f}"
@@ -180,11 +133,11 @@ def status(home: Home = _HOME, as_json: Json = False) -> None:
 
 
 @app.command()
-def peers(home: Home = _HOME, as_json: Json = False) -> None:
+def peers(home: Home = DEFAULT_HOME, as_json: Json = False) -> None:
     """Whom the running node knows, and why a link failed."""
     rows = api.call(home, "/peers")
     if as_json:
-        _print_json(rows)
+        print_json(rows)
         return
     if not rows:
         out.print("no peer known yet")
@@ -201,11 +154,11 @@ def peers(home: Home = _HOME, as_json: Json = False) -> None:
 
 
 @app.command()
-def log(home: Home = _HOME, as_json: Json = False) -> None:
+def log(home: Home = DEFAULT_HOME, as_json: Json = False) -> None:
     """The log of a node that learns by scalars: records, authors, gaps, checkpoints. It may run or not."""
     data = _log_of(home)
     if as_json:
-        _print_json(data)
+        print_json(data)
         return
     disk = data["on_disk"]
     where = f", from after round {disk['cut']}; what was before is gone" if disk["cut"] else ""
@@ -248,7 +201,7 @@ def _rounds(first: int, last: int) -> str:
 
 @app.command()
 def verify(
-    home: Home = _HOME,
+    home: Home = DEFAULT_HOME,
     task: TaskName = None,
     protocol: Protocol = None,
     option: Options = None,
@@ -259,7 +212,7 @@ def verify(
 
     The node may run meanwhile. What `covey run` was given on its command line has to be given here too.
     """
-    config = load_config(home, os.environ, _settings(task, protocol, option, set_))
+    config = load_config(home, os.environ, settings_of(task, protocol, option, set_))
     if config.learning.protocol != "scalars":
         raise ConfigError("learning.protocol", f"'{config.learning.protocol}' keeps no log", ["scalars"])
     from node.replica import verify_log
@@ -267,7 +220,7 @@ def verify(
     with err.status("checking the base model") as line:
         found = verify_log(config, home, lambda done, of: line.update(f"{done} of {of} records replayed"))
     if as_json:
-        _print_json(msgspec.to_builtins(found))
+        print_json(msgspec.to_builtins(found))
     else:
         start = "the base model"
         if found.started_at:
@@ -281,7 +234,7 @@ def verify(
 
 
 @app.command()
-def stop(home: Home = _HOME) -> None:
+def stop(home: Home = DEFAULT_HOME) -> None:
     """Stop the running node."""
     api.call(home, "/stop", method="POST")
     out.print("stopping")
@@ -290,7 +243,7 @@ def stop(home: Home = _HOME) -> None:
 @app.command()
 def export(
     target: Annotated[Path, typer.Argument(help="The file to write, in safetensors format.")],
-    home: Home = _HOME,
+    home: Home = DEFAULT_HOME,
     as_json: Json = False,
 ) -> None:
     """Write the newest whole checkpoint to a file. Works while the node runs, and when it does not."""
@@ -317,7 +270,7 @@ def export(
             "digest": ref.digest.hex(),
         }
         if as_json:
-            _print_json(data)
+            print_json(data)
         else:
             out.print(f"{target}: model after round {ref.round}, {_bytes(ref.size_bytes)}", highlight=False)
         return
@@ -325,19 +278,19 @@ def export(
 
 
 @config_app.command("check")
-def config_check(home: Home = _HOME, as_json: Json = False) -> None:
+def config_check(home: Home = DEFAULT_HOME, as_json: Json = False) -> None:
     """Check the config, the environment's overrides and the merge rule."""
     config = load_config(home)
-    _check_rule(config)
-    _print_json({"ok": True}) if as_json else out.print(f"{home / CONFIG_FILE} is fine")
+    check_rule(config)
+    print_json({"ok": True}) if as_json else out.print(f"{home / CONFIG_FILE} is fine")
 
 
 @config_app.command("show")
-def config_show(home: Home = _HOME, as_json: Json = False) -> None:
+def config_show(home: Home = DEFAULT_HOME, as_json: Json = False) -> None:
     """Show every setting in force, defaults and environment included."""
     config = load_config(home)
     if as_json:
-        _print_json(msgspec.to_builtins(config))
+        print_json(msgspec.to_builtins(config))
     else:
         typer.echo(to_toml(config))
 
@@ -354,7 +307,7 @@ def rules(
     if name is not None and name not in RULES:
         raise ConfigError("rule", f"no rule is called '{name}'", RULES)
     if as_json:
-        _print_json(describe(name) if name else [describe(each) for each in RULES])
+        print_json(describe(name) if name else [describe(each) for each in RULES])
     elif name:
         _print_rule(describe(name))
     else:
@@ -387,13 +340,13 @@ def _spec(data: dict[str, Any]) -> str:
 
 
 @app.command()
-def doctor(home: Home = _HOME, as_json: Json = False) -> None:
+def doctor(home: Home = DEFAULT_HOME, as_json: Json = False) -> None:
     """Go through the steps of joining; say which one fails and what to do."""
     from node.doctor import examine
 
     findings = examine(home)
     if as_json:
-        _print_json([msgspec.to_builtins(finding) for finding in findings])
+        print_json([msgspec.to_builtins(finding) for finding in findings])
     else:
         marks = {"ok": "[green]ok  [/green]", "failed": "[red]FAIL[/red]", "skipped": "[dim]skip[/dim]"}
         for finding in findings:
@@ -421,9 +374,12 @@ def demo(
 
     result = run_demo(nodes, rounds, seed, keep, err)
     if as_json:
-        _print_json(result)
+        print_json(result)
     else:
         print_summary(result, out)
+
+
+network_cli.register(app)
 
 
 def _version(show: bool) -> None:
@@ -439,33 +395,6 @@ def _root(
     ] = False,
 ) -> None:
     pass
-
-
-def _settings(
-    task: str | None, protocol: str | None, options: list[str] | None, settings: list[str] | None
-) -> list[Setting]:
-    """What the command line sets; `--task` comes first, since options belong to it."""
-    found = [Setting(("task", "name"), task)] if task is not None else []
-    if protocol is not None:
-        found.append(Setting(("learning", "protocol"), protocol))
-    found += [parse_setting(text, "--option", ("task", "options")) for text in options or ()]
-    return found + [parse_setting(text) for text in settings or ()]
-
-
-def _check_rule(config: Config) -> None:
-    if config.learning.protocol != "gossip":
-        return
-    from node.merging import build_rules, rule_error
-
-    learning = config.learning
-    try:
-        build_rules(learning.rule, None if learning.final_merge == "none" else learning.final_rule)
-    except ValueError as error:
-        raise rule_error(error) from error
-
-
-def _print_json(data: Any) -> None:
-    typer.echo(json.dumps(data))
 
 
 def _merged(data: dict[str, Any]) -> str:
@@ -495,15 +424,6 @@ def _add_plugins() -> None:
         entry.load()(app)
 
 
-def _report(error: CoveyError | OSError) -> int:
-    """Say what is wrong; the exit code."""
-    text = str(error)
-    if isinstance(error, OSError):
-        text = f"{error.filename or 'input or output'}: {error.strerror or error}; who owns it, and is the disk full?"
-    err.print(f"[red]covey:[/red] {escape(text)}", highlight=False, soft_wrap=True)
-    return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED
-
-
 def main() -> None:
     """The command's entry point."""
     _add_plugins()
@@ -516,4 +436,4 @@ def main() -> None:
         # The reader of our output has left; that is no error of ours.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (CoveyError, OSError) as error:
-        sys.exit(_report(error))
+        sys.exit(report(error))

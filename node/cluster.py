@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -20,14 +20,16 @@ from protocols.errors import LocalError
 from protocols.vocabulary import PeerId
 
 POLL_S = 0.05
+NODE = (sys.executable, "-m", "node")
 
 
 class LocalNode:
     """One daemon and its home. The process is ended by its id, never by name."""
 
-    def __init__(self, home: Path, settings: Mapping[str, Any]) -> None:
-        """Make the home. `settings` are the tables of `covey.toml`."""
+    def __init__(self, home: Path, settings: Mapping[str, Any], program: Sequence[str] = NODE) -> None:
+        """Make the home. `settings` are the tables of `covey.toml`; `program` is run with what `covey` would be given."""
         self.home = home
+        self._program = program
         home.mkdir(parents=True, exist_ok=True)
         self.config = convert_config(dict(settings))
         (home / CONFIG_FILE).write_text(to_toml(self.config), encoding="utf-8")
@@ -60,7 +62,7 @@ class LocalNode:
         environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "node", "run", "--home", str(self.home)],
+                [*self._program, "run", "--home", str(self.home)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -155,8 +157,8 @@ class Cluster:
     def __init__(self, nodes: Iterable[LocalNode] = ()) -> None:
         self.nodes = list(nodes)
 
-    def add(self, home: Path, settings: Mapping[str, Any]) -> LocalNode:
-        node = LocalNode(home, settings)
+    def add(self, home: Path, settings: Mapping[str, Any], program: Sequence[str] = NODE) -> LocalNode:
+        node = LocalNode(home, settings, program)
         self.nodes.append(node)
         return node
 

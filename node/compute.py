@@ -3,6 +3,7 @@
 Where models lie is behind `Models`; when the work happens is its caller's affair.
 """
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,7 +13,7 @@ from node.merging import FINAL, Specs, build_rules, hold_out, judges, make_recei
 from node.settings import TrainingSettings
 from node.store import BlobStore
 from node.tasks import Task, build_model, restricted
-from node.training import evaluate, train
+from node.training import GoesOn, evaluate, train
 from node.weights import encode_params, load_params
 from protocols.events import (
     Aggregate,
@@ -68,6 +69,7 @@ class Work:
     seed, node: the random streams of this node's batches derive from both and the round.
     final_rule: of the merge after the last round; None where there is none. judges_final: whether its result is judged
         before it is kept.
+    pace: called as a training begins; its answer may end it early.
 
     Raises ValueError for rules that do not exist or fit.
     """
@@ -82,6 +84,7 @@ class Work:
         node: str,
         final_rule: Specs | None = None,
         judges_final: bool = False,
+        pace: Callable[[], GoesOn] = lambda: lambda num_steps: True,
     ) -> None:
         self._rules = build_rules(rule, final_rule, judges_final)
         self._rule_states: dict[str, Any] = {}
@@ -97,6 +100,7 @@ class Work:
         self._models = models
         self._seed = seed
         self._node = node
+        self._pace = pace
 
     def rehearse(self, params: Params) -> None:
         """Raises ValueError where a merge of models like this one would fail for want of something."""
@@ -124,7 +128,7 @@ class Work:
             return WorkFailed(order.token, one_line(f"{type(error).__name__}: {error}"))
 
     def _train(self, order: Train) -> Trained:
-        params, num_samples = train(
+        params, weight = train(
             self._task,
             self._models.load(order.ref),
             self._settings,
@@ -132,8 +136,9 @@ class Work:
             seed=self._seed,
             node=self._node,
             model=self._model,
+            goes_on=self._pace(),
         )
-        return Trained(order.token, self._models.save(params, order.round, num_samples))
+        return Trained(order.token, self._models.save(params, order.round, weight))
 
     def _aggregate(self, order: Aggregate) -> Aggregated:
         own = self._models.load(order.own)
@@ -152,8 +157,10 @@ class Work:
             self._rule_states[order.rule] = rule.init(own)
         params, state, report = merge_usable(rule, contributions, self._rule_states[order.rule], local)
         self._rule_states[order.rule] = state
-        num_samples = order.own.num_samples
+        # What counted for more because of steps left out has counted: a later merge weighs by samples again.
+        num_samples = self.num_samples
         if order.rule == FINAL:  # a sum over all nodes, on its way to the next one
-            num_samples = min(MAX_SAMPLES, num_samples + sum(item.ref.num_samples for item in order.inputs))
+            behind = order.own.num_samples + sum(item.ref.num_samples for item in order.inputs)
+            num_samples = min(MAX_SAMPLES, behind)
         ref = self._models.save(params, order.own.round, num_samples)
         return Aggregated(order.token, ref, tuple(report.items()))

@@ -8,18 +8,23 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 from msgspec import Meta, Struct, field
 
 from node.addresses import MAX_PORT, split_tcp
 from node.core import LEARNING, CoreSettings
+from node.explain import explain
+from node.manifest import MANIFEST_FILE, Manifest, check_agreement, check_task_file, layered, read_manifest
+from node.manners import DeviceSettings
 from node.settings import Shard, TrainingSettings
 from node.signatures import author_of
+from protocols.admission import Admission, AdmissionPolicy
 from protocols.errors import ConfigError
 from protocols.exchange import ExchangeSettings
 from protocols.gossip import GossipSettings
+from protocols.sampling import SampledSettings
 from protocols.scalar_terms import ScalarSettings
 from protocols.view import NO_LEARNING, ViewSettings
 from protocols.vocabulary import DIGEST_BYTES, Name, SchemaHash, peer_of
@@ -33,17 +38,33 @@ class NetworkConfig(ViewSettings, frozen=True, forbid_unknown_fields=True, kw_on
 
     name: Name = "covey"
     """Nodes with another network name refuse each other."""
+    manifest: str | None = None
+    """The file beside this one that says what all nodes of the network agree on, as `covey join` puts it there."""
+    psk: Annotated[str, Meta(pattern=r"^[0-9a-f]{64}\Z")] | None = None
+    """A secret that all nodes of the network share, 64 hexadecimal digits: connections without it are cut before a word
+    is said. It comes with the link of `covey invite`."""
+    members: tuple[str, ...] = ()
+    """Peer ids that may join; with `inviters` left out too, anyone may. The same on all nodes."""
+    inviters: tuple[str, ...] = ()
+    """Peer ids that may join, and may invite others with `covey invite`. The same on all nodes."""
     listen: tuple[str, ...] = ("/ip4/0.0.0.0/tcp/4001",)
     """Multiaddrs to listen on; TCP only. Port 0 takes a free one."""
     announce: tuple[str, ...] = ()
     """Multiaddrs to tell others instead of the ones listened on: for a node behind a forwarded port."""
+    mdns: bool = True
+    """Find nodes of this network on the local network, and be found there. Switch it off where the others on it need not
+    know that a node runs here. A node that listens on loopback alone has no part in it."""
+    dht: bool = True
+    """Find nodes of this network through nodes of any covey network, starting with the bootstrap list, and help others do
+    the same. Switch it off where a node shall speak to none but its peers. What it costs stands in docs/discovery.md."""
 
 
 class LearningConfig(GossipSettings, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How rounds run and how received models are merged."""
 
-    protocol: Literal["gossip", "scalars", "none"] = "gossip"
-    """`gossip`: exchange models. `scalars`: exchange one byte a gradient estimate, see the table `scalars`; of this table
+    protocol: Literal["gossip", "sampled", "scalars", "none"] = "gossip"
+    """`gossip`: exchange models with neighbours. `sampled`: a few nodes, drawn anew, train in each round, see the table
+    `sampled`; of this table only this setting counts then. `scalars`: exchange one byte a gradient estimate, see the table `scalars`; of this table
     only this setting counts then. `none`: help others find each other, learn nothing."""
     rule: tuple[str | dict[str, Any], ...] = ("mean", "variance.corrected")
     """The merge rules in order: a name, or a table with `name` and its arguments; `covey rules` lists them."""
@@ -52,14 +73,21 @@ class LearningConfig(GossipSettings, frozen=True, forbid_unknown_fields=True, kw
     alignment before it."""
 
 
+class SampledConfig(SampledSettings, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Learning with `protocol = "sampled"`: who is drawn, and how a round's models are merged."""
+
+    rule: tuple[str | dict[str, Any], ...] = ("mean",)
+    """The merge rules in order, as `learning.rule`. `mean` is FedAvg with equal weights; a robust rule makes sense here."""
+
+
 class TaskConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """What is learnt: a built-in by name, or `my_task.py:make_task`."""
 
     name: Annotated[str, Meta(min_length=1)] = "digits"
     options: dict[str, Any] = {}
     seed: int | None = None
-    """Of the first model and the batches; left out, it follows from the node's key, but with `scalars` the first model is
-    the same on all nodes, which it has to be."""
+    """Of the first model and the batches; left out, it follows from the node's key, but with `scalars` and `sampled` the
+    first model is the same on all nodes, which it has to be."""
     probe: str | None = None
     """An .npz file with inputs that all nodes have, an array `x` [samples, ...] as the network takes them, for merge
     rules with `probe = "shared"`. The file must be the same on every node; it never travels."""
@@ -93,10 +121,12 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
 
     network: NetworkConfig = field(default_factory=NetworkConfig)
     learning: LearningConfig = field(default_factory=LearningConfig)
+    sampled: SampledConfig = field(default_factory=SampledConfig)
     scalars: ScalarSettings = field(default_factory=ScalarSettings)
     exchange: ExchangeSettings = field(default_factory=ExchangeSettings)
     task: TaskConfig = field(default_factory=TaskConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    device: DeviceSettings = field(default_factory=DeviceSettings)
     api: ApiConfig = field(default_factory=ApiConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
@@ -105,14 +135,31 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
         return self.learning.protocol != NO_LEARNING
 
     @property
+    def rule(self) -> tuple[str | dict[str, Any], ...]:
+        """By which received models are merged."""
+        return self.sampled.rule if self.learning.protocol == "sampled" else self.learning.rule
+
+    @property
     def members(self) -> frozenset[bytes]:
         """The author keys of `scalars.members`."""
         return frozenset(author_of(peer) for peer in self.scalars.members)
 
+    @property
+    def admission_policy(self) -> AdmissionPolicy:
+        """Whom the node links with, of `network.members` and `network.inviters`."""
+        members, inviters = self.network.members, self.network.inviters
+        return AdmissionPolicy(frozenset(map(author_of, members)), frozenset(map(author_of, inviters)))
+
     def core_settings(
-        self, task: str, schema: SchemaHash, max_model_bytes: int, base: bytes = bytes(DIGEST_BYTES)
+        self,
+        task: str,
+        schema: SchemaHash,
+        max_model_bytes: int,
+        base: bytes = bytes(DIGEST_BYTES),
+        admission: Admission | None = None,
     ) -> CoreSettings:
-        """What the core is told. base: of a node that learns by scalars, the digest of the model that all begin with."""
+        """What the core is told. base: of a node that learns by scalars, the digest of the model that all begin with.
+        admission: what the node shows in a private network."""
         return CoreSettings(
             network=self.network.name,
             task=task,
@@ -122,9 +169,12 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
             view=self.network,
             exchange=self.exchange,
             gossip=self.learning,
+            sampled=self.sampled,
             scalars=self.scalars,
             base=base,
             members=self.members,
+            policy=self.admission_policy,
+            admission=admission,
         )
 
 
@@ -155,10 +205,11 @@ def parse_setting(text: str, option: str = "--set", table: tuple[str, ...] = ())
 def load_config(
     home: Path, environ: Mapping[str, str] = os.environ, settings: Sequence[Setting] = ()
 ) -> Config:
-    """A home's config with the environment on top, and settings on top of that.
+    """A home's config with the environment on top, and settings on top of that. Below them all is the network's manifest,
+    where the home has one.
 
     Raises:
-        ConfigError: missing or malformed file, unknown field, wrong type or value.
+        ConfigError: missing or malformed file, unknown field, wrong type or value, or one that the network sets otherwise.
     """
     path = home / CONFIG_FILE
     try:
@@ -169,13 +220,24 @@ def load_config(
         ) from error
     except UnicodeDecodeError as error:
         raise ConfigError(str(path), "is not UTF-8 text") from error
-    return parse_config(text, environ, str(path), settings)
+    data = _tables(text, environ, str(path), settings)
+    return _settled(data, _manifest_of(data, home))
 
 
 def parse_config(
-    text: str, environ: Mapping[str, str], origin: str = CONFIG_FILE, settings: Sequence[Setting] = ()
+    text: str,
+    environ: Mapping[str, str],
+    origin: str = CONFIG_FILE,
+    settings: Sequence[Setting] = (),
+    manifest: Manifest | None = None,
 ) -> Config:
-    """TOML text, environment and settings to a checked config."""
+    """TOML text, environment and settings to a checked config, with what a manifest sets below them."""
+    return _settled(_tables(text, environ, origin, settings), manifest)
+
+
+def _tables(
+    text: str, environ: Mapping[str, str], origin: str, settings: Sequence[Setting]
+) -> dict[str, Any]:
     try:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
@@ -183,12 +245,38 @@ def parse_config(
     for name in sorted(environ):
         if name.startswith(_ENV_PREFIX) and name not in _OTHER_VARIABLES:
             path = name.removeprefix(_ENV_PREFIX).lower().split("__")
-            _override(data, name, path, _toml_or_text(environ[name]))
+            override(data, name, path, _toml_or_text(environ[name]))
     for setting in settings:
         if setting.path == ("task", "name"):
             _leave_options(data, setting.value)
-        _override(data, ".".join(setting.path), setting.path, setting.value)
-    return convert_config(data)
+        override(data, ".".join(setting.path), setting.path, setting.value)
+    return data
+
+
+def _manifest_of(data: Mapping[str, Any], home: Path) -> Manifest | None:
+    """What the home's network agrees on, its task file checked too; None where nothing names a manifest."""
+    table = data.get("network")
+    name = table.get("manifest") if isinstance(table, dict) else None
+    if not isinstance(name, str):
+        return None
+    if Path(name).name != name:
+        raise ConfigError("network.manifest", f"'{name}' does not lie in the home", [MANIFEST_FILE])
+    manifest = read_manifest(home / name)
+    check_task_file(manifest, home)
+    return manifest
+
+
+def _settled(data: dict[str, Any], manifest: Manifest | None) -> Config:
+    if manifest is None:
+        return convert_config(data)
+    try:
+        convert_config(layered(manifest, {}))
+    except ConfigError as error:
+        problem = f"{error.problem}; does it come from another version of covey?"
+        raise ConfigError(f"{error.path} of the network's manifest", problem) from error
+    config = convert_config(layered(manifest, data))
+    check_agreement(manifest, msgspec.to_builtins(config))
+    return config
 
 
 def convert_config(data: dict[str, Any]) -> Config:
@@ -196,7 +284,7 @@ def convert_config(data: dict[str, Any]) -> Config:
     try:
         config = msgspec.convert(data, Config)
     except msgspec.ValidationError as error:
-        raise _explain(str(error)) from error
+        raise explain(str(error), Config) from error
     _check(config)
     return config
 
@@ -204,8 +292,11 @@ def convert_config(data: dict[str, Any]) -> Config:
 _OTHER_VARIABLES = frozenset({"COVEY_HOME", "COVEY_REWRITE_TRACES"})
 
 
-def _override(data: dict[str, Any], origin: str, path: Sequence[str], value: Any) -> None:
-    """Set one value; `origin` is what an error names."""
+def override(data: dict[str, Any], origin: str, path: Sequence[str], value: Any) -> None:
+    """Set one value in plain tables; `origin` is what an error names.
+
+    Raises ConfigError where a value stands in the place of a table.
+    """
     *tables, key = path
     table = data
     for part in tables:
@@ -228,38 +319,6 @@ def _toml_or_text(value: str) -> Any:
     except tomllib.TOMLDecodeError:
         return value  # a bare word
     return found if isinstance(found, bool | int | float | str | list | dict) else value
-
-
-def _explain(message: str) -> ConfigError:
-    """msgspec's sentence, as field path, problem and what is allowed."""
-    problem, _, where = message.partition(" - at `$")
-    path = where.rstrip("`").lstrip(".") or "config"
-    if unknown := re.match(r"Object contains unknown field `(.+)`", problem):
-        prefix = "" if path == "config" else f"{path}."
-        return ConfigError(f"{prefix}{unknown[1]}", "no such setting", _fields_at(path))
-    if missing := re.match(r"Object missing required field `(.+)`", problem):
-        return ConfigError(f"{path}.{missing[1]}", "must be given")
-    if choice := re.match(r"Invalid enum value (.+)", problem):
-        return ConfigError(path, f"{choice[1]} is not one of the choices", _choices_at(path))
-    return ConfigError(path, problem[:1].lower() + problem[1:])
-
-
-def _type_at(path: str) -> Any:
-    kind: Any = Config
-    for part in [] if path == "config" else path.split("."):
-        kind = get_type_hints(kind).get(part, kind)
-        if options := getattr(kind, "__args__", None):  # `Shard | None`
-            kind = next((option for option in options if hasattr(option, "__struct_fields__")), kind)
-    return kind
-
-
-def _fields_at(path: str) -> list[str]:
-    return sorted(getattr(_type_at(path), "__struct_fields__", ()))
-
-
-def _choices_at(path: str) -> list[str]:
-    kind = _type_at(path)
-    return [str(option) for option in getattr(kind, "__args__", ())]
 
 
 def _check(config: Config) -> None:
@@ -296,14 +355,20 @@ def _check(config: Config) -> None:
     shard = config.task.shard
     if shard is not None and shard.index >= shard.count:
         raise ConfigError("task.shard.index", f"{shard.index} of {shard.count}", [f"0 to {shard.count - 1}"])
-    for index, peer in enumerate(config.scalars.members):
+    _check_peers("scalars.members", config.scalars.members)
+    _check_peers("network.members", config.network.members)
+    _check_peers("network.inviters", config.network.inviters)
+    assert config.learning.protocol in LEARNING
+
+
+def _check_peers(path: str, peers: Sequence[str]) -> None:
+    for index, peer in enumerate(peers):
         try:
             author_of(peer)
         except ValueError as error:
             raise ConfigError(
-                f"scalars.members[{index}]", str(error), ["a peer id, as printed by `covey init`"]
+                f"{path}[{index}]", str(error), ["a peer id, as printed by `covey init`"]
             ) from error
-    assert config.learning.protocol in LEARNING
 
 
 def to_toml(config: Config) -> str:

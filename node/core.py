@@ -10,16 +10,27 @@ from functools import cache
 from typing import Any
 
 from msgspec import Struct, field
+from msgspec.structs import replace
 
+from protocols.admission import Admission, AdmissionPolicy
 from protocols.events import Effect, Event, Halt, Notice, Phase, Received, StopRequested
 from protocols.exchange import Exchange, ExchangeSettings
 from protocols.gossip import Gossip, GossipSettings
 from protocols.machine import Handler, Machine
 from protocols.messages import Hello
-from protocols.scalar_terms import ScalarSettings, Signatures
+from protocols.sampling import SampledSettings, Sampling
+from protocols.scalar_terms import ScalarSettings
 from protocols.scalars import ScalarLearning
+from protocols.signing import Signatures
 from protocols.view import NO_LEARNING, PeerStatus, View, ViewSettings
-from protocols.vocabulary import DIGEST_BYTES, PROTOCOL_VERSION, ModelRef, PeerId, SchemaHash
+from protocols.vocabulary import (
+    DIGEST_BYTES,
+    PROTOCOL_VERSION,
+    ModelRef,
+    PeerId,
+    PeerRecord,
+    SchemaHash,
+)
 
 
 class CoreSettings(Struct, frozen=True):
@@ -27,6 +38,7 @@ class CoreSettings(Struct, frozen=True):
 
     base, members: of a node that learns by scalars, the digest of the model that all begin with, and the author keys of
         `scalars.members`.
+    policy: whom to link with; admission: what this node shows where others ask.
     """
 
     network: str
@@ -37,22 +49,36 @@ class CoreSettings(Struct, frozen=True):
     view: ViewSettings = field(default_factory=ViewSettings)
     exchange: ExchangeSettings = field(default_factory=ExchangeSettings)
     gossip: GossipSettings = field(default_factory=GossipSettings)
+    sampled: SampledSettings = field(default_factory=SampledSettings)
     scalars: ScalarSettings = field(default_factory=ScalarSettings)
     base: bytes = bytes(DIGEST_BYTES)
     members: frozenset[bytes] = frozenset()
+    policy: AdmissionPolicy = AdmissionPolicy()
+    admission: Admission | None = None
 
 
 class NodeCore:
     """One node's decisions: `step(now, event)` gives the effects to perform, in order."""
 
     def __init__(
-        self, settings: CoreSettings, me: PeerId, rng: random.Random, signatures: Signatures | None = None
+        self, settings: CoreSettings, me: PeerId, rng: random.Random, signatures: Signatures
     ) -> None:
-        """signatures: of a node that learns by scalars, in its own name."""
+        """signatures: in the node's own name."""
         hello = Hello(
-            PROTOCOL_VERSION, settings.network, settings.learning, settings.task, settings.schema, ()
+            version=PROTOCOL_VERSION,
+            network=settings.network,
+            learning=settings.learning,
+            task=settings.task,
+            schema=settings.schema,
+            record=PeerRecord(me, ()),
+            brief=False,
+            admission=settings.admission,
         )
-        self.view = View(settings.view, me, hello, rng)
+        view = settings.view
+        if settings.learning == "sampled":
+            # The population learns from the view, and has to hold everybody.
+            view = replace(view, max_known=max(view.max_known, settings.sampled.max_members))
+        self.view = View(view, me, hello, rng, signatures, settings.policy)
         self.exchange = Exchange(settings.exchange, self.view, settings.max_model_bytes)
         self.learning = LEARNING[settings.learning](settings, self.view, self.exchange, signatures)
         if self.learning is None:
@@ -111,26 +137,32 @@ def _handlers(machines: tuple[type[Machine], ...]) -> Mapping[type, Sequence[tup
     }
 
 
-Learning = Gossip | ScalarLearning
-_Make = Callable[[CoreSettings, View, Exchange, Signatures | None], Learning | None]
+Learning = Gossip | Sampling | ScalarLearning
+_Make = Callable[[CoreSettings, View, Exchange, Signatures], Learning | None]
 
 
-def _gossip(settings: CoreSettings, view: View, exchange: Exchange, signatures: Signatures | None) -> Gossip:
+def _gossip(settings: CoreSettings, view: View, exchange: Exchange, signatures: Signatures) -> Gossip:
     return Gossip(settings.gossip, view, exchange)
 
 
+def _sampled(settings: CoreSettings, view: View, exchange: Exchange, signatures: Signatures) -> Sampling:
+    return Sampling(settings.sampled, view, exchange)
+
+
 def _scalars(
-    settings: CoreSettings, view: View, exchange: Exchange, signatures: Signatures | None
+    settings: CoreSettings, view: View, exchange: Exchange, signatures: Signatures
 ) -> ScalarLearning:
-    assert signatures is not None, "scalars are signed"
     return ScalarLearning(settings.scalars, settings.base, settings.members, view, exchange, signatures)
 
 
-def _no_learning(
-    settings: CoreSettings, view: View, exchange: Exchange, signatures: Signatures | None
-) -> None:
+def _no_learning(settings: CoreSettings, view: View, exchange: Exchange, signatures: Signatures) -> None:
     return None
 
 
-LEARNING: dict[str, _Make] = {"gossip": _gossip, "scalars": _scalars, NO_LEARNING: _no_learning}
+LEARNING: dict[str, _Make] = {
+    "gossip": _gossip,
+    "sampled": _sampled,
+    "scalars": _scalars,
+    NO_LEARNING: _no_learning,
+}
 """The learning protocols by their name in the config. A new one is one more entry."""

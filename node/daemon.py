@@ -16,9 +16,12 @@ import msgspec
 from node.api import API_FILE, ApiServer, make_app, make_token
 from node.config import Config
 from node.core import NodeCore
+from node.discovery import Discovery
 from node.driver import Driver, Perform
 from node.identity import KEY_FILE, key_seed, load_key, peer_id_of
+from node.invitation import load_admission
 from node.libp2p_network import Libp2pNetwork
+from node.manners import Manners, device_manners, lower_priority
 from node.ports import MonotonicClock
 from node.scalar_store import ScalarStore
 from node.signatures import Ed25519Signatures
@@ -74,7 +77,7 @@ class Learner:
     base = bytes(DIGEST_BYTES)
     scalars: ScalarStore | None = None
 
-    def __init__(self, config: Config, home: Path, me: PeerId) -> None:
+    def __init__(self, config: Config, home: Path, me: PeerId, manners: Manners) -> None:
         import torch
 
         from node.compute import StoredModels, Work
@@ -83,11 +86,14 @@ class Learner:
         from node.tasks import initial_params
         from node.weights import check_weights, max_blob_bytes, schema_hash, schema_of
 
+        learning = config.learning
         torch.set_num_threads(config.training.threads)
         task = make_task(config.task.name, config.task.options, home, config.task.shard, config.task.probe)
         seed = config.task.seed if config.task.seed is not None else key_seed(me)
+        # Rounds of `sampled` go on from one model that all have.
+        common = config.task.seed or 0
         try:
-            self._first = initial_params(task, seed)
+            self._first = initial_params(task, common if learning.protocol == "sampled" else seed)
         except Exception as error:  # the user's own model, which may raise anything
             raise ConfigError("task.name", f"the model of '{task.name}' cannot be made: {error!r}") from error
         schema = schema_of(self._first)
@@ -96,16 +102,16 @@ class Learner:
         self.max_model_bytes = max_blob_bytes(schema)
         self.store = BlobStore(home, lambda path: check_weights(path, schema))
         self._models = StoredModels(self.store)
-        learning = config.learning
         work = Work(
             task,
             config.training,
-            learning.rule,
+            config.rule,
             self._models,
             seed,
             me,
             final_rule=None if learning.final_merge == "none" else learning.final_rule,
             judges_final=learning.final_keep == "better",
+            pace=manners.pace,
         )
         try:
             work.rehearse(self._first)
@@ -192,11 +198,11 @@ class Helper:
         return Beginning(None)
 
 
-def make_part(config: Config, home: Path, me: PeerId, author: bytes) -> Part:
+def make_part(config: Config, home: Path, me: PeerId, author: bytes, manners: Manners) -> Part:
     """What the configured protocol needs. Raises ConfigError and LocalError where it cannot be had."""
     if config.learning.protocol == "scalars":
         return ScalarLearner(config, home, me, author)
-    return Learner(config, home, me) if config.learns else Helper(home)
+    return Learner(config, home, me, manners) if config.learns else Helper(home)
 
 
 def _round_of(beginning: Beginning) -> int:
@@ -227,17 +233,30 @@ class Daemon:
             key = load_key(self._home / KEY_FILE)
             self._me = peer_id_of(key)
             self._telemetry = Telemetry(self._home)
+            device = self._config.device
+            lower_priority(device.nice, self._telemetry.warning)
             history = History(self._home)
             stack.callback(history.close)
             self._history = history
             signatures = Ed25519Signatures(key)
-            part = make_part(self._config, self._home, self._me, signatures.author)
+            manners, meter = device_manners(
+                device,
+                history,
+                lambda: self._network.bytes_sent + self._network.bytes_received,
+                MonotonicClock(),
+                time.time,  # noqa: TID251
+                self._telemetry.warning,
+            )
+            self._meter = meter
+            part = make_part(self._config, self._home, self._me, signatures.author, manners)
             if part.scalars is not None:
                 stack.callback(part.scalars.close)
             self._scalars = part.scalars
             beginning = part.begin(self._telemetry.warning)
             core = NodeCore(
-                self._config.core_settings(part.name, part.schema, part.max_model_bytes, part.base),
+                self._config.core_settings(
+                    part.name, part.schema, part.max_model_bytes, part.base, load_admission(self._home)
+                ),
                 self._me,
                 random.Random(os.urandom(16)),
                 signatures,
@@ -252,6 +271,7 @@ class Daemon:
                 self._telemetry,
                 part.perform,
                 part.scalars,
+                manners,
             )
             network = self._network = Libp2pNetwork(
                 key,
@@ -260,6 +280,9 @@ class Daemon:
                 driver.handle,
                 announce=self._config.network.announce,
                 on_crash=self._on_crash,
+                discovery=self._make_discovery(),
+                up_bytes_per_s=device.upload_bytes_per_s,
+                down_bytes_per_s=device.download_bytes_per_s,
             )
             driver.attach(network)
             try:
@@ -268,6 +291,7 @@ class Daemon:
             finally:
                 await network.stop()
                 driver.close()
+                meter.close()
         if driver.failure is not None:
             raise LocalError(f"the node broke and has stopped: {driver.failure!r}") from driver.failure
 
@@ -283,7 +307,8 @@ class Daemon:
                 listening=list(self._addresses),
                 round=_round_of(beginning),
             )
-            driver.handle(Started(self._addresses, history.peers(), *beginning))
+            now_s = time.time()  # noqa: TID251
+            driver.handle(Started(self._addresses, history.peers(), *beginning, unix_s=now_s))
             await driver.halted.wait()
         finally:
             lateness.cancel()
@@ -301,6 +326,16 @@ class Daemon:
     def working(self) -> bool:
         """Whether a training or a merge is still under way, which nobody waits for."""
         return self._driver is not None and self._driver.working
+
+    def _make_discovery(self) -> Discovery:
+        network = self._config.network
+        return Discovery(
+            network.name,
+            random.Random(os.urandom(16)),
+            mdns=network.mdns,
+            dht=network.dht,
+            seeds=network.bootstrap,
+        )
 
     def _on_crash(self, error: BaseException) -> None:
         """The network thread ended. What is worth keeping is kept all the same."""
@@ -359,9 +394,11 @@ class Daemon:
             "metrics": dict(last.metrics) if last else {},
             "merged": last.num_merged if last else 0,
             "report": dict(last.report) if last else {},
+            "waiting": self._driver.waiting,
             "live_peers": core.view.num_live(),
             "bytes_sent": self._network.bytes_sent,
             "bytes_received": self._network.bytes_received,
+            "month_bytes": self._meter.month_bytes(),
             "refused": dict(self._telemetry.refused),
             "loop_lateness_ms_max": round(self._lateness_s * 1e3, 1),
             **({"log": log} if (log := self.log()) else {}),

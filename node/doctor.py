@@ -7,17 +7,20 @@ from typing import Literal
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from msgspec import Struct
+from msgspec.structs import replace
 
 from node.addresses import check_free, split_tcp
 from node.api import call
 from node.config import CONFIG_FILE, Config, load_config
 from node.identity import KEY_FILE, load_key, peer_id_of
 from node.ports import NetworkEvent
+from node.signatures import Ed25519Signatures
 from protocols.errors import ConfigError, CoveyError, LocalError, PeerError
 from protocols.events import DialFailed, LinkDown, LinkUp, Received
 from protocols.messages import Hello, Refuse
+from protocols.signing import sign_record
 from protocols.view import mismatch
-from protocols.vocabulary import PROTOCOL_VERSION, PeerId, Reason, SchemaHash, peer_of
+from protocols.vocabulary import PROTOCOL_VERSION, PeerId, PeerRecord, Reason, SchemaHash, peer_of
 
 GREETING_TIMEOUT_S = 12.0
 
@@ -106,7 +109,7 @@ def _examine_task(config: Config, home: Path) -> tuple[Hello | None, Finding]:
             task = make_task(
                 config.task.name, config.task.options, home, config.task.shard, config.task.probe
             )
-            build(config.learning.rule)
+            build(config.rule)
             name, schema = task.name, schema_hash(task.name, schema_of(initial_params(task, 0)))
         except Exception as error:  # a user's model may raise anything
             detail = str(error) if isinstance(error, CoveyError | ValueError) else repr(error)
@@ -116,7 +119,16 @@ def _examine_task(config: Config, home: Path) -> tuple[Hello | None, Finding]:
         detail = f"{task.name}: {len(task.train[1])} training samples, schema {schema.hex()[:12]}"
     else:
         detail = "none: this node only helps others find each other"
-    hello = Hello(PROTOCOL_VERSION, config.network.name, config.learning.protocol, name, schema, ())
+    hello = Hello(
+        version=PROTOCOL_VERSION,
+        network=config.network.name,
+        learning=config.learning.protocol,
+        task=name,
+        schema=schema,
+        record=PeerRecord("unsigned", ()),
+        brief=True,
+        admission=None,
+    )
     return hello, Finding("task", "ok", detail)
 
 
@@ -201,6 +213,9 @@ async def _greet(address: str, hello: Hello) -> list[NetworkEvent]:
     events: list[NetworkEvent] = []
     settled = asyncio.Event()
     network: Libp2pNetwork
+    key = Ed25519PrivateKey.generate()
+    record = sign_record(hello.network, PeerRecord(peer_id_of(key), ()), Ed25519Signatures(key))
+    hello = replace(hello, record=record)
 
     def deliver(event: NetworkEvent) -> None:
         events.append(event)
@@ -214,7 +229,7 @@ async def _greet(address: str, hello: Hello) -> list[NetworkEvent]:
 
     with tempfile.TemporaryDirectory() as folder:
         network = Libp2pNetwork(
-            Ed25519PrivateKey.generate(),
+            key,
             ["/ip4/127.0.0.1/tcp/0"],
             BlobStore(Path(folder), _refuse_all),
             deliver,

@@ -9,12 +9,16 @@ import contextlib
 import queue
 import sqlite3
 import threading
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar, assert_never
 
+import msgspec
+
 from node.compute import WorkOrder, WorkResult
 from node.core import NodeCore
+from node.manners import DeviceSettings, Manners
 from node.ports import Clock, Network, NetworkEvent
 from node.scalar_store import ScalarStore
 from node.store import BlobStore, History
@@ -48,8 +52,11 @@ from protocols.events import (
     TimerFired,
     Train,
 )
-from protocols.vocabulary import ModelRef
+from protocols.messages import Heartbeat, LinkMessage, Offer
+from protocols.vocabulary import ModelRef, PeerId, Reason
 
+REFUSE_AFTER_S = 1.0
+"""Wait before a fetch is refused for want of bytes: whoever asks again at once does not spin."""
 Perform = Callable[[WorkOrder], WorkResult]
 T = TypeVar("T")
 
@@ -80,6 +87,7 @@ class Driver:
     """Runs one core until it halts.
 
     scalars: where a node that learns by scalars keeps its log.
+    manners: what holds back the beginning of a round; left out, nothing does.
     """
 
     def __init__(
@@ -92,6 +100,7 @@ class Driver:
         telemetry: Telemetry,
         perform: Perform,
         scalars: ScalarStore | None = None,
+        manners: Manners | None = None,
     ) -> None:
         self.core = core
         self._clock = clock
@@ -102,6 +111,10 @@ class Driver:
         self._scalars = scalars
         self._loop = asyncio.get_running_loop()
         self._worker = WorkerThread(perform, self._from_worker)
+        self._manners = manners or Manners(DeviceSettings(), clock)
+        self._held: deque[WorkOrder] = deque()
+        self._stands_still = False
+        self._look_timer: asyncio.TimerHandle | None = None
         self._disk = ThreadPoolExecutor(1, thread_name_prefix="disk")
         self._network: Network | None = None
         self._fetch_began_at: dict[int, float] = {}
@@ -111,6 +124,7 @@ class Driver:
     def attach(self, network: Network) -> None:
         """The network needs `handle` and the driver needs the network: the network comes second."""
         self._network = network
+        self._look()
 
     def handle(self, event: Event) -> None:
         """One event in, its effects out. Called on the loop only."""
@@ -152,21 +166,18 @@ class Driver:
         assert self._network is not None
         match effect:
             case Send(peer, message):
-                self._telemetry.message("out", str(type(message).__struct_config__.tag))
-                self._network.send(peer, message)
+                self._send(peer, message)
             case SetTimer(timer, after_s):
                 self._loop.call_later(after_s, self.handle, TimerFired(timer))
-            case Train() | Aggregate() | Evaluate() | Estimate() | Replay():
-                self._worker.submit(effect)
+            case Train() | Estimate() | Aggregate() | Evaluate() | Replay():
+                self._work(effect)
             case KeepScalars(records, checkpoint, cut):
                 assert self._scalars is not None
                 # Here and now: what a node has signed must be on its disk before anybody hears of it. If the disk
                 # refuses, the node halts rather than contradict itself after a restart.
                 self._scalars.keep(records, checkpoint, cut)
-            case Fetch(token, peer, ref):
-                self._fetch_began_at[token] = self._clock.now()
-                # Behind every `Forget` before it: one of this very model may still wait for the disk.
-                self._disk.submit(self._on_loop, self._network.fetch, token, peer, ref)
+            case Fetch():
+                self._fetch(effect)
             case Keep(ref):
                 self._disk.submit(self._keep, ref)
             case Forget(ref):
@@ -185,6 +196,67 @@ class Driver:
                 self.halted.set()
             case _:
                 assert_never(effect)
+
+    # --- manners ----------------------------------------------------------------------------------------
+    @property
+    def waiting(self) -> str | None:
+        """Why no round may begin now."""
+        return self._manners.waiting
+
+    def _work(self, order: WorkOrder) -> None:
+        """What begins a round waits for its time; what ends it does not, so that nobody waits for half of one."""
+        if not isinstance(order, Train | Estimate):
+            self._worker.submit(order)
+            return
+        self._held.append(order)
+        self._manners.round_due()
+        self._look()
+
+    def _look(self) -> None:
+        """See whether rounds may begin, let go what was held, and look again later."""
+        if self.halted.is_set():
+            return
+        before, waiting = self._manners.waiting, self._manners.look()
+        if waiting != before:
+            self._telemetry.info("waiting" if waiting else "working again", reason=waiting or before)
+        while self._held and waiting is None:
+            self._manners.round_begins()
+            self._worker.submit(self._held.popleft())
+        if self._stands_still != bool(self._held):
+            self._stands_still = bool(self._held)
+            for beat in self.core.view.heartbeat():  # or neighbours would wait for it up to the next one
+                assert isinstance(beat, Send)
+                self._send(beat.peer, beat.message)
+        if self._look_timer is not None:
+            self._look_timer.cancel()
+        self._look_timer = self._loop.call_later(self._manners.next_look_s(), self._look_on_time)
+
+    def _look_on_time(self) -> None:
+        try:
+            self._look()
+        except Exception as error:  # the task boundary: a node that looks no more may be held for ever
+            self.fail(error)
+
+    def _send(self, peer: PeerId, message: LinkMessage) -> None:
+        """A message; but no model is offered that the month has no bytes for, and nobody need wait for a node that waits."""
+        assert self._network is not None
+        if isinstance(message, Offer) and not self._manners.may_move(message.ref.size_bytes):
+            return
+        if isinstance(message, Heartbeat) and self._stands_still:
+            message = msgspec.structs.replace(message, active=False)
+        self._telemetry.message("out", str(type(message).__struct_config__.tag))
+        self._network.send(peer, message)
+
+    def _fetch(self, effect: Fetch) -> None:
+        assert self._network is not None
+        token, peer, ref, others = effect.token, effect.peer, effect.ref, effect.others
+        self._fetch_began_at[token] = self._clock.now()
+        if not self._manners.may_move(ref.size_bytes):
+            refused = FetchFailed(token, Reason.GONE, "this node has spent its bytes of the month")
+            self._loop.call_later(REFUSE_AFTER_S, self.handle, refused)
+            return
+        # Behind every `Forget` before it: one of this very model may still wait for the disk.
+        self._disk.submit(self._on_loop, self._network.fetch, token, peer, ref, others)
 
     def _record(self, record: Record, at_s: float) -> None:
         self._telemetry.record(record, at_s)

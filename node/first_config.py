@@ -1,4 +1,5 @@
-"""The config that `covey init` writes: what most people change, each with a word on it, and what the command line sets."""
+"""The config that `covey init` and `covey join` write: what most people change, each with a word on it, and what the command
+line sets."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -26,6 +27,17 @@ _GOSSIP: _Lines = {
     ("training", "batch_size"): (16, ""),
     ("training", "learning_rate"): (0.1, ""),
 }
+_SAMPLED: _Lines = {
+    ("learning", "protocol"): ("sampled", "a few nodes, drawn anew, train in each round"),
+    ("sampled", "rounds"): (0, "0: for ever. * must be the same on all nodes"),
+    ("sampled", "sample_size"): (10, "* nodes that train in each round"),
+    ("sampled", "aggregators"): (1, "* nodes that average their models; 3 are compared with each other"),
+    ("sampled", "deadline_s"): (30.0, "longest wait for a round's models"),
+    ("task", "name"): ("digits", '* a built-in, or "my_task.py:make_task" beside this file'),
+    ("training", "local_steps"): (10, "mini-batches in a round"),
+    ("training", "batch_size"): (16, ""),
+    ("training", "learning_rate"): (0.1, ""),
+}
 _SCALARS: _Lines = {
     ("learning", "protocol"): (
         "scalars",
@@ -37,11 +49,30 @@ _SCALARS: _Lines = {
     ("task", "name"): ("digits", '* a built-in, or "my_task.py:make_task" beside this file'),
     ("training", "batch_size"): (16, "samples that one scalar is measured on"),
 }
+_LEARNING = {"sampled": _SAMPLED, "scalars": _SCALARS}
+_BOUND: _Lines = {
+    ("network", "manifest"): (
+        "manifest.toml",
+        "what all nodes of the network agree on: nothing of it stands here",
+    ),
+    ("network", "listen"): (("/ip4/0.0.0.0/tcp/4001",), ""),
+    ("network", "bootstrap"): ((), "peers to ask first, beside those of the manifest"),
+    ("training", "threads"): (1, "CPU threads"),
+}
 
 
 def first_config(protocol: str, settings: Sequence[Setting]) -> str:
     """The text of a `covey.toml` with these settings in it. What they set may be wrong: check it."""
-    lines = {**_NETWORK, **(_SCALARS if protocol == "scalars" else _GOSSIP)}
+    return _text({**_NETWORK, **_LEARNING.get(protocol, _GOSSIP)}, settings)
+
+
+def bound_config(settings: Sequence[Setting]) -> str:
+    """The same for a home that belongs to a network with a manifest."""
+    return _text(_BOUND, settings)
+
+
+def _text(lines: _Lines, settings: Sequence[Setting]) -> str:
+    lines = dict(lines)
     for setting in settings:
         _, comment = lines.get(setting.path, (None, ""))
         lines[setting.path] = setting.value, comment

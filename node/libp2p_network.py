@@ -1,14 +1,16 @@
 """The real network: py-libp2p on trio, in one thread of its own, behind the `Network` port.
 
-Only this file imports libp2p or trio. In: `run_sync_soon` onto per-link outboxes, which are bounded. Out: a
-bounded inbox that the asyncio loop drains. Bulk bytes go to and from the blob store and never through either.
+Only this file, `libp2p_transfer.py` and those of discovery import libp2p or trio. In: `run_sync_soon` onto per-link
+outboxes, which are bounded. Out: a bounded inbox that the asyncio loop drains. Bulk bytes go to and from the blob store
+and never through either.
 """
 
 import asyncio
 import logging
 import socket
+import string
 import threading
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
@@ -26,21 +28,29 @@ from libp2p.peer.peerinfo import info_from_p2p_addr
 from libp2p.rcmgr.manager import ResourceLimits, ResourceManager
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
 from libp2p.security.noise.transport import Transport as NoiseTransport
-from libp2p.stream_muxer.exceptions import MuxedStreamEOF, MuxedStreamError
 from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX
 from libp2p.stream_muxer.yamux.yamux import Yamux
 from libp2p.transport.upgrader import TransportUpgrader
 from multiaddr import Multiaddr
 
 from node.addresses import check_free, dialable, split_tcp
+from node.discovery import Discovery
+from node.libp2p_transfer import LINGER_S, READ_BYTES, STALL_TIMEOUT_S, ModelTransfers, read, root_cause
 from node.ports import Deliver, NetworkEvent
-from node.store import Blob, BlobStore, Incoming
-from protocols.blob import check_header, chunk_length, num_chunks
-from protocols.codec import FrameDecoder, encode, fetch_decoder, link_decoder
+from node.rate_limit import TokenBucket, check_limit
+from node.store import BlobStore
+from protocols.codec import encode, link_decoder
 from protocols.errors import ConfigError, LocalError, PeerError
-from protocols.events import DialFailed, Fetched, FetchFailed, LinkDown, LinkUp, Received, Rejected
-from protocols.messages import FetchHeader, FetchMessage, FetchRefused, FetchRequest, LinkMessage
-from protocols.vocabulary import CHUNK_BYTES, ModelRef, PeerId, Reason, one_line, peer_of
+from protocols.events import (
+    DialFailed,
+    Discovered,
+    LinkDown,
+    LinkUp,
+    Received,
+    Rejected,
+)
+from protocols.messages import LinkMessage
+from protocols.vocabulary import ModelRef, PeerId, Reason, one_line, peer_of
 
 log = logging.getLogger(__name__)
 
@@ -48,22 +58,13 @@ LINK = TProtocol("/covey/link/1")
 FETCH = TProtocol("/covey/fetch/1")
 
 DIAL_TIMEOUT_S = 10.0
-STALL_TIMEOUT_S = 15.0
-"""A fetch that brings no byte for this long is broken off; what came stays and is not sent again."""
-CHUNK_TIMEOUT_S = 60.0
-"""A chunk (1 MiB) that takes longer, either way, ends the transfer: the slowest line of use carries 17 kB/s."""
 CLOSE_TIMEOUT_S = 3.0
 """A link that is told to end is cut after this, whatever it still had to say."""
-LINGER_S = 1.0
-"""How long a closing link waits for the other side to have read the last words."""
 MAX_CONNECTIONS = 256
 MAX_INBOX = 2048
 """Events that may wait for the asyncio loop. Beyond it the readers pause and TCP pushes back."""
 MAX_OUTBOX = 512
 """Messages that may wait on one link. A peer that reads so slowly loses the link."""
-MAX_SERVES = 8
-MAX_SERVES_PER_PEER = 4
-READ_BYTES = 64 * 1024
 
 
 class _Link:
@@ -77,6 +78,8 @@ class _Link:
         self.wake = trio.Event()
         self.closing: Reason | None = None
         self.scope = trio.CancelScope()
+        self.bytes_sent = 0
+        self.bytes_received = 0
 
     def close(self, reason: Reason) -> Reason:
         """End after what is in the outbox has gone out; the first reason given stays."""
@@ -86,7 +89,16 @@ class _Link:
 
 
 class Libp2pNetwork:
-    """`Network` over TCP, Noise and yamux. Commands may be called from the loop that called `start`."""
+    """`Network` over TCP, Noise and yamux. Commands may be called from the loop that called `start`.
+
+    announce: addresses to tell others instead of those in use.
+    on_crash: called on the loop if the thread ends by itself.
+    up_bytes_per_s, down_bytes_per_s: see `set_limits`.
+    psk: 64 hex digits, the key of a private network: nodes with another key or none cannot link.
+
+    Raises:
+        ConfigError: at `network.listen`, `network.psk`, `network.up_bytes_per_s` or `network.down_bytes_per_s`.
+    """
 
     def __init__(
         self,
@@ -96,16 +108,21 @@ class Libp2pNetwork:
         deliver: Deliver,
         announce: Sequence[str] = (),
         on_crash: Callable[[BaseException], None] = lambda error: None,
+        discovery: Discovery | None = None,
+        up_bytes_per_s: int = 0,
+        down_bytes_per_s: int = 0,
+        psk: str | None = None,
     ) -> None:
         self._key = key
+        self._psk = None if psk is None else _checked_psk(psk)
         self._listen = [_multiaddr("network.listen", text) for text in listen]
         self._announce = tuple(announce)
-        self._store = store
         self._deliver = deliver
         self._on_crash = on_crash
+        self._discovery = discovery
         self._links: dict[PeerId, _Link] = {}
         self._dialling: set[PeerId] = set()
-        self._serves: Counter[PeerId] = Counter()
+        self._transfers = ModelTransfers(self, store, *_buckets(up_bytes_per_s, down_bytes_per_s))
         self._inbox: deque[NetworkEvent] = deque()
         self._drain_scheduled = False
         self._thread: threading.Thread | None = None
@@ -147,8 +164,26 @@ class Libp2pNetwork:
     def send(self, peer: PeerId, message: LinkMessage) -> None:
         self._command(self._enqueue, peer, message)
 
-    def fetch(self, token: int, peer: PeerId, ref: ModelRef) -> None:
-        self._command(self._start_fetch, token, peer, ref)
+    def fetch(self, token: int, peer: PeerId, ref: ModelRef, others: Sequence[PeerId] = ()) -> None:
+        self._command(self._start_fetch, token, peer, ref, tuple(others))
+
+    def set_limits(self, up_bytes_per_s: int, down_bytes_per_s: int) -> None:
+        """How fast models may go out and come in from now on; 0 is no limit. Messages are counted and not limited.
+
+        Raises:
+            ConfigError: a limit is below `rate_limit.MIN_BYTES_PER_S`.
+        """
+        self._command(self._transfers.set_limits, *_buckets(up_bytes_per_s, down_bytes_per_s))
+
+    # --- for whoever watches: called on the asyncio loop --------------------------------------------------
+    def bytes_by_peer(self) -> dict[PeerId, tuple[int, int]]:
+        """Bytes sent to and received from each linked peer since it linked up, models and messages."""
+        return {peer: (link.bytes_sent, link.bytes_received) for peer, link in list(self._links.items())}
+
+    def round_trips_s(self) -> dict[PeerId, float]:
+        """Seconds there and back, smoothed, of the linked peers that yamux has measured already."""
+        measured = ((peer, link.stream.muxed_conn.rtt()) for peer, link in list(self._links.items()))
+        return {peer: round_trip_s for peer, round_trip_s in measured if round_trip_s > 0}
 
     def _command(self, function: Callable[..., object], *args: object) -> None:
         try:
@@ -157,7 +192,7 @@ class Libp2pNetwork:
             return
 
     # --- the way out: from the trio thread to the loop --------------------------------------------------
-    async def _post(self, event: NetworkEvent) -> None:
+    async def post(self, event: NetworkEvent) -> None:
         """Hand over an event; wait while the loop is behind."""
         while len(self._inbox) >= MAX_INBOX:  # noqa: ASYNC110 - rare; an event would cost each message
             await trio.sleep(0.005)
@@ -201,7 +236,7 @@ class Libp2pNetwork:
     async def _main(self) -> None:
         self._trio = trio.lowlevel.current_trio_token()
         self._stop = trio.Event()
-        self._host = _make_host(self._key, self._listen, self._on_insecure)
+        self._host = _make_host(self._key, self._listen, self._on_insecure, self._psk)
         self.me = PeerId(self._host.get_id().to_string())
         swarm: Any = self._host.get_network()
         async with self._host.run(listen_addrs=self._listen), trio.open_nursery() as nursery:
@@ -212,6 +247,9 @@ class Libp2pNetwork:
             self._host.set_stream_handler(FETCH, self._on_fetch_stream)
             addresses = tuple(f"{a}/p2p/{self.me}" for a in self._announce) or self._listening()
             self._loop.call_soon_threadsafe(self._ready.set_result, addresses)
+            if self._discovery is not None:
+                near = (self._links, self._dialling)
+                nursery.start_soon(self._discovery.run, self._host, addresses, *near, self._on_discovered)
             await self._stop.wait()
             # A goodbye that was just sent is worth a moment.
             for link in list(self._links.values()):
@@ -231,6 +269,9 @@ class Libp2pNetwork:
     def _on_insecure(self, detail: str) -> None:
         self._post_now(Rejected(PeerId(""), Reason.SECURITY, one_line(detail)))
 
+    def _on_discovered(self, addresses: tuple[str, ...]) -> None:
+        self._post_now(Discovered(addresses))
+
     # --- links ------------------------------------------------------------------------------------------
     def _start_dial(self, address: str) -> None:
         peer = peer_of(address)
@@ -249,14 +290,14 @@ class Libp2pNetwork:
         except trio.TooSlowError:
             failure = (Reason.TIMEOUT, f"no answer within {DIAL_TIMEOUT_S:.0f} s")
         except Exception as error:  # py-libp2p raises many kinds here; all mean that the dial failed
-            failure = (Reason.UNREACHABLE, _root_cause(error))
+            failure = (Reason.UNREACHABLE, root_cause(error))
         else:
             self._dialling.discard(peer)
             await self._run_link(peer, stream, outbound=True, address=address)
             return
         self._dialling.discard(peer)
         if peer not in self._links:
-            await self._post(DialFailed(address, failure[0], one_line(failure[1])))
+            await self.post(DialFailed(address, failure[0], one_line(failure[1])))
 
     async def _open(self, address: str) -> INetStream:
         info = info_from_p2p_addr(Multiaddr(address))
@@ -344,7 +385,7 @@ class Libp2pNetwork:
             except trio.TooSlowError:
                 outcome.append((link.closing or Reason.SILENT, "the peer does not read"))
             except Exception as error:  # the link's task boundary: py-libp2p raises many kinds
-                outcome.append((link.closing or Reason.LINK, "" if link.closing else _root_cause(error)))
+                outcome.append((link.closing or Reason.LINK, "" if link.closing else root_cause(error)))
             link.scope.cancel()
 
         with link.scope:
@@ -357,16 +398,16 @@ class Libp2pNetwork:
         decoder = link_decoder()
         try:
             while True:
-                data = await _read(link.stream, READ_BYTES)
+                data = await read(link.stream, READ_BYTES)
                 if not data:
                     if link.closing is None:
                         decoder.finish()
                     return
-                self.bytes_received += len(data)
+                self.count(link.peer, received=len(data))
                 for message in decoder.feed(data):
-                    await self._post(Received(link.peer, message))
+                    await self.post(Received(link.peer, message))
         except PeerError as error:
-            await self._post(Rejected(link.peer, error.reason, error.detail))
+            await self.post(Rejected(link.peer, error.reason, error.detail))
             # The core now sends its refusal and disconnects; nothing more is read from this peer.
             await trio.sleep(STALL_TIMEOUT_S)
 
@@ -381,7 +422,7 @@ class Libp2pNetwork:
             link.outbox.clear()
             with trio.fail_after(STALL_TIMEOUT_S):
                 await link.stream.muxed_stream.write(data)
-            self.bytes_sent += len(data)
+            self.count(link.peer, sent=len(data))
         await link.stream.close_write()
         await trio.sleep(LINGER_S)
 
@@ -401,168 +442,28 @@ class Libp2pNetwork:
             # A peer that has stopped reading would hold our last words, and the link, for ever.
             link.scope.deadline = trio.current_time() + CLOSE_TIMEOUT_S
 
-    # --- fetching ---------------------------------------------------------------------------------------
-    def _start_fetch(self, token: int, peer: PeerId, ref: ModelRef) -> None:
-        self._nursery.start_soon(self._fetch, token, peer, ref)
+    # --- transfers: what `ModelTransfers` needs of the links ----------------------------------------------
+    def _start_fetch(self, token: int, peer: PeerId, ref: ModelRef, others: tuple[PeerId, ...]) -> None:
+        self.start_soon(self._transfers.fetch, token, peer, ref, others)
 
-    async def _fetch(self, token: int, peer: PeerId, ref: ModelRef) -> None:
-        try:
-            await self._fetch_blob(peer, ref)
-        except PeerError as error:
-            event: NetworkEvent = FetchFailed(token, error.reason, error.detail)
-        except trio.TooSlowError:
-            event = FetchFailed(token, Reason.TIMEOUT, f"no byte for {STALL_TIMEOUT_S:.0f} s")
-        except OSError as error:
-            event = FetchFailed(token, Reason.BUSY, one_line(f"our disk: {error}"))
-        except Exception as error:  # py-libp2p raises many kinds here; all mean that the stream broke
-            event = FetchFailed(token, Reason.LINK, one_line(_root_cause(error)))
-        else:
-            event = Fetched(token)
-        await self._post(event)
-
-    async def _fetch_blob(self, peer: PeerId, ref: ModelRef) -> None:
-        if self._store.get(ref.digest):
-            return
-        incoming = self._store.incoming(ref)
-        if incoming.busy:
-            raise PeerError(Reason.BUSY, "this model is being fetched already")
-        if peer not in self._links:
-            raise PeerError(Reason.LINK, "no link to the peer")
-        incoming.busy = True
-        stream: INetStream | None = None
-        try:
-            with trio.fail_after(STALL_TIMEOUT_S):
-                stream = await self._host.new_stream(ID.from_string(peer), [FETCH])
-            header = await self._receive_blob(stream, incoming)
-            # Looking at every weight takes a while for a large model: not on the thread that moves bytes.
-            await trio.to_thread.run_sync(
-                self._store.admit,
-                incoming,
-                header.chunk_hashes,
-                abandon_on_cancel=True,  # type: ignore[call-arg]
-            )
-        finally:
-            incoming.busy = False
-            if stream is not None:
-                with trio.CancelScope(shield=True), trio.move_on_after(LINGER_S):
-                    await stream.reset()
-
-    async def _receive_blob(self, stream: INetStream, incoming: Incoming) -> FetchHeader:
-        ref = incoming.ref
-        with trio.fail_after(STALL_TIMEOUT_S):
-            await stream.write(encode(FetchRequest(ref.digest, incoming.next_chunk)))
-        decoder = fetch_decoder()
-        header = await _read_message(stream, decoder)
-        match header:
-            case FetchRefused(reason):
-                raise PeerError(reason, "the peer refused the fetch")
-            case FetchHeader():
-                check_header(ref, header)
-            case _:
-                raise PeerError(Reason.MALFORMED, "a fetch is answered by a header")
-        await self._receive_chunks(stream, incoming, header, decoder.take_rest())
-        return header
-
-    async def _receive_chunks(
-        self, stream: INetStream, incoming: Incoming, header: FetchHeader, rest: bytes
-    ) -> None:
-        """Read chunk after chunk; check and write each on another thread while the next one comes in."""
-        size = incoming.ref.size_bytes
-        failure: list[PeerError | OSError] = []
-        to_disk, chunks = trio.open_memory_channel[list[bytes]](1)
-
-        def write(pieces: list[bytes]) -> None:
-            incoming.write(b"".join(pieces), header.chunk_hashes[incoming.next_chunk])
-
-        async def write_chunks() -> None:
-            try:
-                async for pieces in chunks:
-                    await trio.to_thread.run_sync(write, pieces)
-            except (PeerError, OSError) as error:
-                failure.append(error)
-                nursery.cancel_scope.cancel()
-
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(write_chunks)
-            try:
-                for index in range(incoming.next_chunk, num_chunks(size)):
-                    with trio.fail_after(CHUNK_TIMEOUT_S):
-                        pieces, rest = await self._read_chunk(stream, chunk_length(size, index), rest)
-                    await to_disk.send(pieces)
-            except PeerError as error:
-                failure.append(error)
-            except trio.TooSlowError:
-                failure.append(PeerError(Reason.TIMEOUT, f"a chunk took more than {CHUNK_TIMEOUT_S:.0f} s"))
-            to_disk.close()  # what is under way is still written: it need not be sent again
-        if failure:
-            raise failure[0]
-
-    async def _read_chunk(self, stream: INetStream, length: int, rest: bytes) -> tuple[list[bytes], bytes]:
-        """The pieces of one chunk, and what was read beyond it. This thread is the bottleneck: it copies nothing."""
-        pieces, missing = [rest], length - len(rest)
-        while missing > 0:
-            try:
-                with trio.fail_after(STALL_TIMEOUT_S):
-                    data = await _read(stream, CHUNK_BYTES)
-            except trio.TooSlowError:
-                raise PeerError(Reason.TIMEOUT, f"no byte for {STALL_TIMEOUT_S:.0f} s") from None
-            except MuxedStreamError as error:
-                raise PeerError(Reason.LINK, _root_cause(error)) from error
-            if not data:
-                raise PeerError(Reason.LINK, "the peer ended the stream inside a chunk")
-            pieces.append(data)
-            missing -= len(data)
-            self.bytes_received += len(data)
-        last = pieces[-1]
-        beyond = len(last) + missing  # `missing` is how much too much came, below zero
-        pieces[-1], rest = last[:beyond], last[beyond:]
-        return pieces, rest
-
-    # --- serving ----------------------------------------------------------------------------------------
     async def _on_fetch_stream(self, stream: INetStream) -> None:
-        await self._apart(self._serve_stream, stream)
+        await self._apart(self._transfers.serve, stream)
 
-    async def _serve_stream(self, stream: INetStream) -> None:
-        peer = PeerId(stream.muxed_conn.peer_id.to_string())
-        try:
-            with trio.fail_after(STALL_TIMEOUT_S):
-                request = await _read_message(stream, fetch_decoder())
-            await self._answer(peer, stream, request)
-            await stream.close()
-        except PeerError as error:
-            await self._post(Rejected(peer, error.reason, error.detail))
-            await stream.reset()
-        except Exception as error:  # the stream's task boundary: the peer left, or our file was forgotten
-            log.debug("serving a fetch: %r", error)
-            await stream.reset()
+    def start_soon(self, work: Callable[..., Awaitable[object]], *args: object) -> None:
+        self._nursery.start_soon(work, *args)
 
-    async def _answer(self, peer: PeerId, stream: INetStream, request: FetchMessage) -> None:
-        if not isinstance(request, FetchRequest):
-            raise PeerError(Reason.MALFORMED, "a fetch stream begins with a request")
-        blob = self._store.get(request.digest)
-        refusal = None
-        if peer not in self._links or blob is None:
-            refusal = Reason.GONE
-        elif self._serves.total() >= MAX_SERVES or self._serves[peer] >= MAX_SERVES_PER_PEER:
-            refusal = Reason.BUSY
-        if refusal is not None or blob is None:
-            await stream.write(encode(FetchRefused(refusal or Reason.GONE)))
-            return
-        self._serves[peer] += 1
-        try:
-            await self._serve(stream, blob, request.first_chunk)
-        finally:
-            self._serves -= Counter([peer])
+    def is_linked(self, peer: PeerId) -> bool:
+        return peer in self._links
 
-    async def _serve(self, stream: INetStream, blob: Blob, first_chunk: int) -> None:
-        with trio.fail_after(STALL_TIMEOUT_S):
-            await stream.write(encode(FetchHeader(blob.size_bytes, blob.chunk_hashes)))
-        for index in range(first_chunk, num_chunks(blob.size_bytes)):
-            chunk = blob.read(index)
-            # Whoever takes longer for one chunk holds a place that others wait for.
-            with trio.fail_after(CHUNK_TIMEOUT_S):
-                await stream.write(chunk)
-            self.bytes_sent += len(chunk)
+    async def open_fetch_stream(self, peer: PeerId) -> INetStream:
+        return await self._host.new_stream(ID.from_string(peer), [FETCH])
+
+    def count(self, peer: PeerId, *, sent: int = 0, received: int = 0) -> None:
+        self.bytes_sent += sent
+        self.bytes_received += received
+        if link := self._links.get(peer):
+            link.bytes_sent += sent
+            link.bytes_received += received
 
 
 async def _resolve(address: str) -> str:
@@ -574,32 +475,6 @@ async def _resolve(address: str) -> str:
     found = await trio.socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)
     family, *_, endpoint = found[0]
     return f"/{'ip6' if family == socket.AF_INET6 else 'ip4'}/{endpoint[0]}/tcp/{port}"
-
-
-async def _read_message(stream: INetStream, decoder: FrameDecoder[Any]) -> FetchMessage:
-    """The first whole frame of a fetch stream; what follows it stays in the decoder."""
-    data = b""
-    while True:
-        for message in decoder.feed(data):
-            return message  # type: ignore[no-any-return]
-        with trio.fail_after(STALL_TIMEOUT_S):
-            data = await _read(stream, READ_BYTES)
-        if not data:
-            decoder.finish()
-            raise PeerError(Reason.LINK, "the stream ended without a message")
-
-
-async def _read(stream: INetStream, size: int) -> bytes:
-    """Up to `size` bytes, or none at the end.
-
-    Straight from the muxer: the library's stream object takes a lock around every read, which costs a turn of
-    the scheduler each time (measured: 5 % of a large transfer).
-    """
-    try:
-        data: bytes = await stream.muxed_stream.read(size)
-    except MuxedStreamEOF:
-        return b""
-    return data
 
 
 class _CountingUpgrader(TransportUpgrader):  # type: ignore[misc]
@@ -614,12 +489,15 @@ class _CountingUpgrader(TransportUpgrader):  # type: ignore[misc]
             return await super().upgrade_security(raw_conn, is_initiator, peer_id)
         except Exception as error:
             if not is_initiator:
-                self._on_insecure(_root_cause(error))
+                self._on_insecure(root_cause(error))
             raise
 
 
 def _make_host(
-    key: Ed25519PrivateKey, listen: Sequence[Multiaddr], on_insecure: Callable[[str], None]
+    key: Ed25519PrivateKey,
+    listen: Sequence[Multiaddr],
+    on_insecure: Callable[[str], None],
+    psk: str | None = None,
 ) -> IHost:
     """A host with every default that would bite a learning node set by hand (docs/decisions/0002)."""
     logging.getLogger("libp2p").setLevel(logging.CRITICAL)
@@ -634,6 +512,7 @@ def _make_host(
         sec_opt=security,
         muxer_opt=muxer,
         listen_addrs=listen,
+        psk=psk,
         connection_config=ConnectionConfig(
             max_connections=MAX_CONNECTIONS,
             high_watermark=MAX_CONNECTIONS,
@@ -666,10 +545,15 @@ def _multiaddr(path: str, text: str) -> Multiaddr:
         raise ConfigError(path, f"'{text}' is not a multiaddr: {error}", ["/ip4/0.0.0.0/tcp/4001"]) from error
 
 
-def _root_cause(error: BaseException) -> str:
-    """The innermost reason of a chain, which is the one that says something."""
-    while (cause := error.__cause__ or error.__context__) is not None:
-        error = cause
-    if isinstance(error, BaseExceptionGroup) and error.exceptions:
-        return _root_cause(error.exceptions[0])
-    return str(error) or type(error).__name__
+def _buckets(up_bytes_per_s: int, down_bytes_per_s: int) -> tuple[TokenBucket, TokenBucket]:
+    return (
+        TokenBucket(check_limit("network.up_bytes_per_s", up_bytes_per_s)),
+        TokenBucket(check_limit("network.down_bytes_per_s", down_bytes_per_s)),
+    )
+
+
+def _checked_psk(psk: str) -> str:
+    """The library takes any 64 characters and fails at the first connection."""
+    if len(psk) != 64 or not all(digit in string.hexdigits for digit in psk):
+        raise ConfigError("network.psk", "the key of a private network has 64 hexadecimal digits")
+    return psk

@@ -4,14 +4,24 @@
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-from protocols.events import DialFailed, Fetched, FetchFailed, LinkDown, LinkUp, Received, Rejected
+from protocols.errors import PeerError
+from protocols.events import (
+    DialFailed,
+    Discovered,
+    Fetched,
+    FetchFailed,
+    LinkDown,
+    LinkUp,
+    Received,
+    Rejected,
+)
 from protocols.messages import LinkMessage
-from protocols.vocabulary import ModelRef, PeerId, Reason
+from protocols.vocabulary import HOSTILE, ModelRef, PeerId, Reason
 
-NetworkEvent = LinkUp | LinkDown | DialFailed | Received | Rejected | Fetched | FetchFailed
+NetworkEvent = LinkUp | LinkDown | DialFailed | Received | Rejected | Discovered | Fetched | FetchFailed
 
 Deliver = Callable[[NetworkEvent], None]
 """How a network hands an event to its node."""
@@ -36,7 +46,8 @@ class Network(Protocol):
     Promises, tested in `tests/laws/test_network.py`: at most one link per peer, seen by both ends; messages on
     a link arrive whole, in order, at most once; every dial is answered by `LinkUp` or `DialFailed` unless the
     link already stands; a link's end is told once; what was sent before `disconnect` goes out first; a fetch is
-    answered once, and `Fetched` only after every check.
+    answered once, and `Fetched` only after every check. A fetch from several peers fails only when all of them have,
+    and each that lies is named by `Rejected`, unless `FetchFailed` is about that one.
     """
 
     def dial(self, address: str) -> None: ...
@@ -45,4 +56,13 @@ class Network(Protocol):
 
     def send(self, peer: PeerId, message: LinkMessage) -> None: ...
 
-    def fetch(self, token: int, peer: PeerId, ref: ModelRef) -> None: ...
+    def fetch(self, token: int, peer: PeerId, ref: ModelRef, others: Sequence[PeerId] = ()) -> None: ...
+
+
+def fetch_failure(peer: PeerId, failures: Mapping[PeerId, PeerError]) -> PeerError:
+    """What to say of a fetch of which all sources failed: that `peer` lied, or else whatever is worth another try."""
+    first = failures[peer]
+    if first.reason in HOSTILE:
+        return first
+    harmless = [error for error in (first, *failures.values()) if error.reason not in HOSTILE]
+    return next((error for error in harmless if error.reason is not Reason.GONE), first)

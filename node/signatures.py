@@ -27,13 +27,7 @@ class Ed25519Signatures:
 
     def verify(self, author: bytes, data: bytes, signature: bytes) -> bool:
         """Whether the author signed these bytes. Nothing that a peer may send raises."""
-        if len(author) != KEY_BYTES or len(signature) != SIGNATURE_BYTES:
-            return False
-        try:
-            Ed25519PublicKey.from_public_bytes(author).verify(signature, data)
-        except (InvalidSignature, ValueError):  # a key that is no point of the curve is a ValueError
-            return False
-        return True
+        return is_signed(author, data, signature)
 
     def author_of(self, peer: PeerId) -> bytes | None:
         """The key in a peer id; None where there is no Ed25519 key in it."""
@@ -41,6 +35,17 @@ class Ed25519Signatures:
             return author_of(peer)
         except ValueError:
             return None
+
+
+def is_signed(author: bytes, data: bytes, signature: bytes) -> bool:
+    """Whether the author, a raw public key, signed these bytes. Nothing that a peer may send raises."""
+    if len(author) != KEY_BYTES or len(signature) != SIGNATURE_BYTES:
+        return False
+    try:
+        Ed25519PublicKey.from_public_bytes(author).verify(signature, data)
+    except (InvalidSignature, ValueError):  # a key that is no point of the curve is a ValueError
+        return False
+    return True
 
 
 def author_of(peer: str) -> bytes:

@@ -18,9 +18,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
-from protocols.blob import check_chunk, digest_of, num_chunks
+from protocols.blob import check_chunk, check_header, digest_of, num_chunks
 from protocols.errors import LocalError, PeerError
 from protocols.events import RoundDone
+from protocols.messages import FetchHeader
 from protocols.vocabulary import CHUNK_BYTES, Digest, ModelRef, PeerRecord, Reason
 
 NUM_CHECKPOINTS = 3
@@ -77,29 +78,46 @@ class Blob:
 
 
 class Incoming:
-    """A blob on its way in. Every chunk is checked before it is written, so it can be taken up again."""
+    """A blob on its way in. Chunks come in any order; each is checked before it is written, so it can be taken up again."""
 
     def __init__(self, path: Path, ref: ModelRef) -> None:
         self.path = path
         self.ref = ref
-        self.next_chunk = 0
+        self.held: set[int] = set()
+        """The chunks that are written."""
+        self.chunk_hashes: tuple[bytes, ...] = ()
+        """Of all chunks, once a header has proved them."""
         self.busy = False
 
-    def write(self, chunk: bytes, expected: bytes) -> None:
-        """Check and append the next chunk.
+    def prove(self, header: FetchHeader) -> None:
+        """Take the chunks' hashes from a header.
+
+        Raises:
+            PeerError: WRONG_SIZE or WRONG_HASH, it is not that of the reference.
+        """
+        check_header(self.ref, header)
+        self.chunk_hashes = header.chunk_hashes
+
+    def write(self, index: int, chunk: bytes) -> None:
+        """Check a chunk and put it in its place. From one thread at a time.
 
         Raises:
             PeerError: WRONG_HASH; nothing is written then.
         """
-        check_chunk(chunk, expected, self.next_chunk)
-        with self.path.open("r+b" if self.next_chunk else "wb") as file:
-            file.seek(self.next_chunk * CHUNK_BYTES)
+        check_chunk(chunk, self.chunk_hashes[index], index)
+        with self.path.open("r+b" if self.held else "wb") as file:
+            file.seek(index * CHUNK_BYTES)
             file.write(chunk)
-        self.next_chunk += 1
+        self.held.add(index)
+
+    @property
+    def missing(self) -> list[int]:
+        """The chunks that are not written yet, in order."""
+        return [index for index in range(num_chunks(self.ref.size_bytes)) if index not in self.held]
 
     @property
     def complete(self) -> bool:
-        return self.next_chunk == num_chunks(self.ref.size_bytes)
+        return len(self.held) == num_chunks(self.ref.size_bytes)
 
 
 class BlobStore:
@@ -152,13 +170,13 @@ class BlobStore:
         """Begin to take in a blob, or go on where an earlier attempt broke off."""
         digest = Digest(ref.digest)
         found = self._incoming.get(digest)
-        # The first chunk proves the size. Until then a peer that lied about it must not spoil the next one's try.
-        unproven = found is not None and found.ref != ref and not found.next_chunk and not found.busy
+        # A header proves the size. Until then a peer that lied about it must not spoil the next one's try.
+        unproven = found is not None and found.ref != ref and not found.chunk_hashes and not found.busy
         if found is None or unproven:
             found = self._incoming[digest] = Incoming(self._path(digest).with_suffix(".part"), ref)
         return found
 
-    def admit(self, incoming: Incoming, chunk_hashes: tuple[bytes, ...]) -> None:
+    def admit(self, incoming: Incoming) -> None:
         """The one gate for what peers send: schema, dtypes, shapes and finiteness, then the name.
 
         Raises:
@@ -173,7 +191,7 @@ class BlobStore:
             raise
         path = self._path(digest)
         incoming.path.replace(path)
-        self._blobs[digest] = Blob(path, incoming.ref.size_bytes, chunk_hashes)
+        self._blobs[digest] = Blob(path, incoming.ref.size_bytes, incoming.chunk_hashes)
         self._incoming.pop(digest, None)
 
     def forget(self, digest: bytes) -> None:
@@ -404,6 +422,23 @@ class History:
             for round_, at_s, merged, metrics in reversed(rows)
         ]
 
+    def add_traffic(self, month: str, num_bytes: int) -> None:
+        """So many more bytes were sent and received in a month, such as "2026-11".
+
+        Raises sqlite3.Error where the disk refuses.
+        """
+        with self._db:
+            self._db.execute(
+                "INSERT INTO traffic VALUES (?, ?) ON CONFLICT (month) DO UPDATE "
+                "SET num_bytes = num_bytes + excluded.num_bytes",
+                (month, num_bytes),
+            )
+
+    def traffic(self, month: str) -> int:
+        """Bytes sent and received in a month."""
+        row = self._db.execute("SELECT num_bytes FROM traffic WHERE month = ?", (month,)).fetchone()
+        return int(row[0]) if row else 0
+
     def close(self) -> None:
         self._db.close()
 
@@ -412,4 +447,5 @@ _TABLES = """
 CREATE TABLE IF NOT EXISTS peers (peer TEXT PRIMARY KEY, addresses TEXT NOT NULL, seen_at REAL NOT NULL);
 CREATE TABLE IF NOT EXISTS rounds (round INTEGER NOT NULL, at_s REAL NOT NULL, num_merged INTEGER NOT NULL,
     metrics TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS traffic (month TEXT PRIMARY KEY, num_bytes INTEGER NOT NULL);
 """

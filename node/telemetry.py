@@ -13,7 +13,7 @@ import msgspec
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from protocols.events import FinalMergeDone, LearningDone, LinkChanged, Record, RoundDone, Trouble
+from protocols.events import CaughtUp, FinalMergeDone, LearningDone, LinkChanged, Record, RoundDone, Trouble
 from protocols.vocabulary import PeerId, Reason
 
 
@@ -100,6 +100,14 @@ class Telemetry:
                 self._live.set(num_live)
                 self._log.info(
                     "link up" if up else "link down", peer=peer, reason=reason or None, live=num_live
+                )
+            case CaughtUp(round_, from_round, num_models, duration_s):
+                self._log.info(
+                    "caught up",
+                    round=round_,
+                    from_round=from_round,
+                    models=num_models,
+                    seconds=round(duration_s, 2),
                 )
             case Trouble(what, detail):
                 self._trouble.labels(what).inc()

@@ -5,7 +5,7 @@ in `optimizers.py`. No clock, no file, and no generator but those made from (see
 and the simulator get the same bits.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -19,7 +19,12 @@ from node.settings import TrainingSettings
 from node.tasks import Task, build_model
 from node.weights import all_sane
 from protocols.errors import LocalError
+from protocols.vocabulary import MAX_SAMPLES
 
+GoesOn = Callable[[int], bool]
+"""Whether to take another step of a round, after so many of them. The first is always taken."""
+MAX_FACTOR = 10.0
+"""The most that a model counts for steps that were left out: beyond it the mean would move with a model that hardly did."""
 EVALUATION_BATCH = 1024
 """Samples in one forward pass of `evaluate`: a bound on memory, without influence on the result."""
 
@@ -55,14 +60,17 @@ def train(
     seed: int,
     node: str | int,
     model: nn.Module | None = None,
+    goes_on: GoesOn = lambda num_steps: True,
 ) -> tuple[Params, int]:
     """One round of training on the task's training samples, from `params`, which stay as they are.
 
     round, seed, node: say which batches (streams "batches") and which dropout masks (stream "train") are drawn.
     model: a module of this task to work in, for callers with many rounds. Its contents are overwritten, and
         nothing in them matters. None builds one.
+    goes_on: may end the round early. The result follows from the number of steps made.
 
-    Returns new parameters and buffers, and the number of training samples, which is the contribution's weight.
+    Returns new parameters and buffers, and the contribution's weight: the number of training samples, or of a round that
+    ended early what `fair_weight` makes of it.
     Raises LocalError where the result is not finite. Takes torch's generator of the process for its time and
     puts it back, so only one thread may train.
     """
@@ -70,7 +78,24 @@ def train(
     (batches,) = batch_indices(RoundStreams(seed, [node], "batches"), [(0, round)], num_samples, settings)
     masks = torch_seed(seed, node, "train", round)
     module = build_model(task) if model is None else model
-    return train_on(task, params, settings, batches, round=round, masks=masks, model=module), num_samples
+    trained, num_steps = _train_on(task, params, settings, batches, round, masks, module, goes_on)
+    return trained, fair_weight(num_samples, len(batches), num_steps)
+
+
+def fair_weight(num_samples: int, planned: int, made: int) -> int:
+    """The weight of a model that so many of the planned local steps were made for: as much more as there were fewer.
+
+        num_samples * planned / made    at most MAX_FACTOR times num_samples
+
+    A model is its start plus steps. Where all start alike, a mean by these weights goes in the direction of the mean of
+    all nodes' gradients by their samples, however many steps each made.
+
+    >>> fair_weight(100, 10, 4)
+    250
+
+    Source: arXiv 2108.09875 (Anarchic FL), which divides each update by its number of steps; here the weight is.
+    """
+    return min(round(num_samples * min(planned / made, MAX_FACTOR)), MAX_SAMPLES)
 
 
 def train_on(
@@ -87,13 +112,32 @@ def train_on(
 
     masks: seeds torch's generator, and so dropout. round: only named in the error. The rest as in `train`.
     """
+    trained, _ = _train_on(task, params, settings, batches, round, masks, model, lambda num_steps: True)
+    return trained
+
+
+def _train_on(
+    task: Task,
+    params: Params,
+    settings: TrainingSettings,
+    batches: NDArray[np.int64],
+    round: int,  # noqa: A002
+    masks: int,
+    model: nn.Module,
+    goes_on: GoesOn,
+) -> tuple[Params, int]:
+    """The trained parameters, and how many steps were made."""
     inputs, targets = task.train
     model.load_state_dict(params)
     model.train()
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = make_optimizer(weights, settings)
+    num_steps = 0
     with torch_seeded(masks), torch.enable_grad():
         for batch in torch.from_numpy(batches).to(inputs.device):
+            if num_steps and not goes_on(num_steps):
+                break
+            num_steps += 1
             outputs = model(inputs.index_select(0, batch))
             loss = task.loss(outputs, targets.index_select(0, batch))
             optimizer.step(torch.autograd.grad(loss, weights, allow_unused=True))
@@ -101,7 +145,7 @@ def train_on(
     for name, tensor in trained.items():
         if not all_sane(tensor):
             raise diverged(round, name, settings)
-    return trained
+    return trained, num_steps
 
 
 def diverged(round: int, name: str, settings: TrainingSettings) -> LocalError:  # noqa: A002

@@ -23,6 +23,8 @@ class Started(_Fact, frozen=True, omit_defaults=True):
     """The node runs: where it listens, whom it knew, and the model it begins or goes on with.
 
     checkpoint, records: of a node that learns by scalars, what it kept; `ref` is then the base model.
+    unix_s: the wall clock's time now. A node's incarnation begins with it, so that its word of today counts more than that
+        of its former lives, and invitations end by it.
     """
 
     addresses: tuple[str, ...]
@@ -30,6 +32,7 @@ class Started(_Fact, frozen=True, omit_defaults=True):
     ref: ModelRef | None
     checkpoint: Checkpoint | None = None
     records: tuple[ScalarRecord, ...] = ()
+    unix_s: float = 0.0
 
 
 class LinkUp(_Fact, frozen=True):
@@ -63,6 +66,12 @@ class Rejected(_Fact, frozen=True):
     peer: PeerId
     reason: Reason
     detail: Detail = ""
+
+
+class Discovered(_Fact, frozen=True):
+    """A discovery service heard of these addresses. Nothing proves them before the handshake."""
+
+    addresses: tuple[str, ...]
 
 
 class TimerFired(_Fact, frozen=True):
@@ -129,6 +138,7 @@ Event = (
     | DialFailed
     | Received
     | Rejected
+    | Discovered
     | TimerFired
     | Fetched
     | FetchFailed
@@ -159,7 +169,33 @@ class PeerDown(Notice, frozen=True):
     reason: Reason
 
 
+class Reached(Notice, frozen=True):
+    """A peer that a machine asked the view to reach is there, on a link of whichever kind."""
+
+    peer: PeerId
+
+
+class Unreachable(Notice, frozen=True):
+    """It is not; or it was, and the link to it has ended."""
+
+    peer: PeerId
+    reason: Reason
+
+
+class RecordHeard(Notice, frozen=True):
+    """What a peer says of itself, its signature checked, and newer than what the view knew."""
+
+    record: PeerRecord
+
+
 class ModelArrived(Notice, frozen=True):
+    peer: PeerId
+    ref: ModelRef
+
+
+class FetchGaveUp(Notice, frozen=True):
+    """A model that a learning protocol asked for by `Exchange.take` will not come."""
+
     peer: PeerId
     ref: ModelRef
 
@@ -194,12 +230,17 @@ class SetTimer(_Fact, frozen=True):
     after_s: float
 
 
-class Fetch(_Fact, frozen=True):
-    """Answered by `Fetched` or `FetchFailed`."""
+class Fetch(_Fact, frozen=True, omit_defaults=True):
+    """Answered by `Fetched` or `FetchFailed`, once.
+
+    others: further linked peers that said they hold the same bytes; all are pulled from at once. One that lies is told by
+        `Rejected` while the fetch goes on. What `FetchFailed` says is about `peer`, unless that one is not to blame.
+    """
 
     token: int
     peer: PeerId
     ref: ModelRef
+    others: tuple[PeerId, ...] = ()
 
 
 class Train(_Fact, frozen=True):
@@ -357,6 +398,7 @@ class Phase(StrEnum):
     PAUSING = "pausing"
     FINAL = "final merge"
     DONE = "done"
+    CATCHING_UP = "catching up"
     # of shared-seed scalars alone
     ESTIMATING = "estimating"
     REPLAYING = "replaying"
@@ -408,10 +450,21 @@ class Trouble(_Fact, frozen=True):
     detail: str
 
 
+class CaughtUp(_Fact, frozen=True):
+    """A node that came late, or back after an absence, has the network's model now."""
+
+    round: int
+    """That it goes on with."""
+    from_round: int
+    num_models: int
+    """Of neighbours, that it began anew from."""
+    duration_s: float
+
+
 class LearningDone(_Fact, frozen=True):
     """All configured rounds are finished; the node goes on serving."""
 
     round: int
 
 
-Record = RoundDone | FinalMergeDone | LinkChanged | Trouble | LearningDone
+Record = RoundDone | FinalMergeDone | CaughtUp | LinkChanged | Trouble | LearningDone

@@ -5,7 +5,7 @@ rounds or merging: what arrives is handed on as a `ModelArrived` notice.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, ClassVar
 
 from msgspec import Meta, Struct
@@ -14,6 +14,7 @@ from protocols.events import (
     Fetch,
     Fetched,
     FetchFailed,
+    FetchGaveUp,
     Forget,
     ModelArrived,
     PeerDown,
@@ -32,6 +33,12 @@ from protocols.vocabulary import HOSTILE, ModelRef, PeerId, Reason
 
 MAX_STRIKES = 3
 """Refused models after which a link is closed; the view then backs off for its longest time."""
+MAX_SOURCES = 4
+"""Peers that one model is pulled from at once."""
+MAX_NAMED = 16
+"""Holders remembered for one model, of whom those that are linked are asked."""
+BAD_MODEL = frozenset({Reason.WRONG_FORMAT, Reason.WRONG_SHAPE, Reason.NON_FINITE})
+"""What is wrong with the bytes that the digest names: another peer has no better ones."""
 
 
 class ExchangeSettings(Struct, frozen=True, forbid_unknown_fields=True):
@@ -48,14 +55,48 @@ class ExchangeSettings(Struct, frozen=True, forbid_unknown_fields=True):
     """Own offered models kept for peers that have not fetched yet."""
 
 
-class _Transfer:
-    __slots__ = ("attempts", "fetching", "peer", "ref")
+class _Wanted:
+    """A model that waits its turn.
 
-    def __init__(self, peer: PeerId, ref: ModelRef) -> None:
+    others: named by the learning protocol as holders of the same bytes, besides `peer`.
+    taken: the learning protocol asked for it, and is told if it does not come.
+    """
+
+    __slots__ = ("others", "peer", "ref", "taken")
+
+    def __init__(
+        self, peer: PeerId, ref: ModelRef, others: Sequence[PeerId] = (), taken: bool = False
+    ) -> None:
         self.peer = peer
         self.ref = ref
+        self.others = tuple(others[:MAX_NAMED])
+        self.taken = taken
+
+    def joined(self, again: "_Wanted") -> "_Wanted":
+        """The same model, wanted once more."""
+        others = dict.fromkeys((*self.others, *again.others))
+        return _Wanted(self.peer, self.ref, tuple(others), self.taken or again.taken)
+
+
+class _Transfer:
+    __slots__ = ("attempts", "bad", "fetching", "source", "wanted")
+
+    def __init__(self, wanted: _Wanted) -> None:
+        self.wanted = wanted
+        self.source = wanted.peer
+        """Whom the last attempt asked first."""
+        self.bad: set[PeerId] = set()
+        """Not to be asked again."""
         self.attempts = 0
         self.fetching = False
+
+    @property
+    def peer(self) -> PeerId:
+        return self.wanted.peer
+
+    @property
+    def ref(self) -> ModelRef:
+        return self.wanted.ref
 
 
 class Exchange(Machine):
@@ -66,13 +107,15 @@ class Exchange(Machine):
         self._view = view
         self._max_model_bytes = max_model_bytes
         self._offered: list[ModelRef] = []
-        self._waiting: dict[PeerId, ModelRef] = {}
+        self._waiting: dict[PeerId, _Wanted] = {}
         self._transfers: dict[int, _Transfer] = {}
         self._held: dict[bytes, int] = {}
         self._strikes: Counter[PeerId] = Counter()
         self._next_token = 0
         self.open = True
         """Whether models are wanted at all; closed once the node has finished learning."""
+        self.heeds_offers = True
+        """Whether what neighbours offer is fetched; else the learning protocol takes what it wants."""
 
     # --- what the learning protocol asks ----------------------------------------------------------------
     def offer(self, ref: ModelRef, peers: Sequence[PeerId]) -> list[Output]:
@@ -104,7 +147,25 @@ class Exchange(Machine):
         busy = any(transfer.peer == peer for transfer in self._transfers.values())
         if busy or len(self._transfers) >= self._settings.max_parallel_fetches:
             return []
-        return self._begin(peer, ref)
+        return self._begin(_Wanted(peer, ref))
+
+    def take(self, peer: PeerId, ref: ModelRef, others: Sequence[PeerId] = ()) -> list[Output]:
+        """Get this model as if the neighbour had offered it: it waits its turn, one a peer. Ends in `ModelArrived` for this
+        peer and reference, or in `FetchGaveUp`.
+
+        others: further neighbours that hold the same bytes.
+        """
+        wanted = _Wanted(peer, ref, others, taken=True)
+        if ref.size_bytes > self._max_model_bytes:
+            detail = f"named {ref.size_bytes} bytes, at most {self._max_model_bytes} fit the task"
+            return [*self._strike(peer, Reason.TOO_LARGE, detail), *_gave_up(wanted)]
+        if not self.open:
+            return _gave_up(wanted)
+        for transfer in self._transfers.values():
+            if transfer.peer == peer and transfer.ref == ref:
+                transfer.wanted = transfer.wanted.joined(wanted)
+                return []
+        return self._hand_on(peer, ref) if ref.digest in self._held else self._queue(wanted)
 
     def hold(self, ref: ModelRef) -> None:
         """Somebody in the core needs this model."""
@@ -126,7 +187,7 @@ class Exchange(Machine):
     def _on_offer(self, now: float, event: Received) -> list[Output]:
         assert isinstance(event.message, Offer)
         peer, ref = event.peer, event.message.ref
-        if not self._view.learns(peer):
+        if not self._view.learns(peer) or not self.heeds_offers:
             return []
         if ref.size_bytes > self._max_model_bytes:
             detail = f"offered {ref.size_bytes} bytes, at most {self._max_model_bytes} fit the task"
@@ -141,12 +202,20 @@ class Exchange(Machine):
                 return []
         if ref.digest in self._held:
             return self._hand_on(peer, ref)
+        return self._queue(_Wanted(peer, ref))
+
+    def _queue(self, wanted: _Wanted) -> list[Output]:
+        """The newest that a peer has takes the place of an older one that waits."""
         out: list[Output] = []
-        self._waiting.pop(peer, None)
-        self._waiting[peer] = ref
+        if replaced := self._waiting.pop(wanted.peer, None):
+            if replaced.ref == wanted.ref:
+                wanted = replaced.joined(wanted)
+            else:
+                out += _gave_up(replaced)
+        self._waiting[wanted.peer] = wanted
         if len(self._waiting) > self._settings.max_waiting:
             oldest = next(iter(self._waiting))
-            out.append(Send(oldest, Decline(self._waiting.pop(oldest).digest, Reason.BUSY)))
+            out += _turned_away(self._waiting.pop(oldest), Reason.BUSY)
         return out + self._start_waiting()
 
     def _strike(self, peer: PeerId, reason: Reason, detail: str) -> list[Output]:
@@ -163,19 +232,20 @@ class Exchange(Machine):
         if not self._waiting:
             return out
         if not self.open:
-            out += [Send(peer, Decline(ref.digest, Reason.IDLE)) for peer, ref in self._waiting.items()]
+            for wanted in self._waiting.values():
+                out += _turned_away(wanted, Reason.IDLE)
             self._waiting.clear()
         busy = {transfer.peer for transfer in self._transfers.values()}
         for peer in [peer for peer in self._waiting if peer not in busy]:
-            ref = self._waiting.get(peer)
-            if ref is None:
+            item = self._waiting.get(peer)
+            if item is None:
                 continue  # taken up while giving up on one before it
-            if ref.digest in self._held:
-                out += self._hand_on(peer, self._waiting.pop(peer))
+            if item.ref.digest in self._held:
+                out += self._hand_on(peer, self._waiting.pop(peer).ref)
             elif len(self._transfers) >= self._settings.max_parallel_fetches:
                 break
-            elif not self.is_coming(ref):
-                out += self._begin(peer, self._waiting.pop(peer))
+            elif not self.is_coming(item.ref):
+                out += self._begin(self._waiting.pop(peer))
         return out
 
     def _hand_on(self, peer: PeerId, ref: ModelRef) -> list[Output]:
@@ -183,18 +253,33 @@ class Exchange(Machine):
         self.hold(ref)
         return [ModelArrived(peer, ref)]
 
-    def _begin(self, peer: PeerId, ref: ModelRef) -> list[Output]:
+    def _begin(self, wanted: _Wanted) -> list[Output]:
         self._next_token += 1
-        self._transfers[self._next_token] = _Transfer(peer, ref)
+        self._transfers[self._next_token] = _Transfer(wanted)
         return self._attempt(self._next_token)
 
     def _attempt(self, token: int) -> list[Output]:
         transfer = self._transfers[token]
-        if not self._view.is_live(transfer.peer):
+        sources = self._sources(transfer)
+        if not sources:
             return self._give_up(token)
         transfer.attempts += 1
         transfer.fetching = True
-        return [Fetch(token, transfer.peer, transfer.ref)]
+        transfer.source = sources[0]
+        return [Fetch(token, sources[0], transfer.ref, sources[1:])]
+
+    def _named_and_live(self, wanted: _Wanted, bad: Collection[PeerId] = ()) -> list[PeerId]:
+        named = dict.fromkeys((wanted.peer, *wanted.others))
+        return [peer for peer in named if peer not in bad and self._view.is_live(peer)]
+
+    def _sources(self, transfer: _Transfer) -> tuple[PeerId, ...]:
+        """The neighbours to pull it from: whose it is, those named with it, and those whose offer of the same bytes waits."""
+        ref = transfer.ref
+        sources = dict.fromkeys(self._named_and_live(transfer.wanted, transfer.bad))
+        for item in self._waiting.values():
+            if (item.ref.digest, item.ref.size_bytes) == (ref.digest, ref.size_bytes):
+                sources.update(dict.fromkeys(self._named_and_live(item, transfer.bad)))
+        return tuple(sources)[:MAX_SOURCES]
 
     def _on_fetched(self, now: float, event: Fetched) -> list[Output]:
         """`ModelArrived` hands one hold to whoever takes it."""
@@ -212,10 +297,14 @@ class Exchange(Machine):
         transfer.fetching = False
         out: list[Output] = []
         if reason in HOSTILE:
-            out += self._strike(transfer.peer, reason, event.detail)
+            out += self._strike(transfer.source, reason, event.detail)
+            transfer.bad.add(transfer.source)
         superseded = transfer.peer in self._waiting
         exhausted = transfer.attempts >= self._settings.max_attempts
-        if reason in HOSTILE or reason is Reason.GONE or superseded or exhausted:
+        hopeless = reason in BAD_MODEL or reason is Reason.GONE
+        if reason in HOSTILE:
+            hopeless = hopeless or not self._named_and_live(transfer.wanted, transfer.bad)
+        if hopeless or superseded or exhausted:
             return out + self._give_up(token)
         wait = self._settings.retry_s * 2 ** (transfer.attempts - 1)
         return [*out, SetTimer(Timer("exchange", "retry", token), wait)]
@@ -225,7 +314,7 @@ class Exchange(Machine):
         # Half of it may lie on the disk, kept for the attempt that will not come.
         begun = transfer.attempts > 0 and transfer.ref.digest not in self._held
         forget: list[Output] = [Forget(transfer.ref)] if begun else []
-        return forget + self._start_waiting()
+        return [*forget, *_gave_up(transfer.wanted), *self._start_waiting()]
 
     def _on_timer(self, now: float, event: TimerFired) -> list[Output]:
         token = event.timer.token
@@ -239,8 +328,10 @@ class Exchange(Machine):
 
     def _on_peer_down(self, now: float, event: PeerDown) -> list[Output]:
         del self._strikes[event.peer]
-        self._waiting.pop(event.peer, None)
-        return []
+        wanted = self._waiting.get(event.peer)
+        if wanted is None or (wanted.taken and self._named_and_live(wanted, {event.peer})):
+            return []
+        return _gave_up(self._waiting.pop(event.peer))
 
     HANDLERS: ClassVar[Mapping[type, Handler]] = {
         Offer: _on_offer,
@@ -250,3 +341,12 @@ class Exchange(Machine):
         PeerUp: _on_peer_up,
         PeerDown: _on_peer_down,
     }
+
+
+def _gave_up(wanted: _Wanted) -> list[Output]:
+    """Whoever offered is told nothing, whoever asked is."""
+    return [FetchGaveUp(wanted.peer, wanted.ref)] if wanted.taken else []
+
+
+def _turned_away(wanted: _Wanted, reason: Reason) -> list[Output]:
+    return _gave_up(wanted) or [Send(wanted.peer, Decline(wanted.ref.digest, reason))]

@@ -18,6 +18,7 @@ from msgspec import Meta, Struct
 from protocols.events import (
     Aggregate,
     Aggregated,
+    CaughtUp,
     Emit,
     Evaluate,
     Evaluated,
@@ -90,6 +91,16 @@ class GossipSettings(Struct, frozen=True, forbid_unknown_fields=True):
     """Learning neighbours to have before the very first round begins; after a restart nobody waits."""
     wait_at_most_s: Annotated[float, Meta(gt=0, le=86400)] = 60.0
     """The first round begins after this long in any case."""
+    catch_up: Literal["replace", "merge", "off"] = "replace"
+    """What a node that comes late, or back after an absence, does about its own model once it has some of its neighbours':
+    `replace` it by their mean, `merge` it with them by the rule, or go on as if nothing were (`off`)."""
+    catch_up_after: Annotated[int, Meta(ge=1, le=1_000_000)] = 20
+    """Rounds behind its neighbours from which a node catches up before it trains or offers anything."""
+    catch_up_s: Annotated[float, Meta(gt=0, le=86400)] = 30.0
+    """Longest wait for the neighbours' models then."""
+    max_staleness: Annotated[int, Meta(ge=0)] = 50
+    """A model so many rounds behind is not merged: a newcomer's would drag the others back. 0 merges all. Slow devices are
+    not behind in rounds, since they skip those that the others have done."""
     final_merge: Literal["none", "butterfly", "aggregator"] = "none"
     """After the last round all nodes merge once more; the node's own model and the merged one are both measured and told.
     Worth it after sparse exchanges from a common start, where nodes must be linked with all others for the mean over all of
@@ -129,7 +140,7 @@ class GossipSettings(Struct, frozen=True, forbid_unknown_fields=True):
 
 
 _ROUNDING = 1e-9
-_WAITING, _TRAINING, _COLLECTING, _MERGING, _EVALUATING, _PAUSING, _FINAL, _DONE, *_ = Phase
+_WAITING, _TRAINING, _COLLECTING, _MERGING, _EVALUATING, _PAUSING, _FINAL, _DONE, _CATCHING_UP, *_ = Phase
 """By name, since looking a member up in its enum takes longer than most of a step."""
 
 
@@ -153,6 +164,7 @@ class Gossip(Machine):
         self._merging: tuple[Input, ...] = ()
         self._report: tuple[tuple[str, str | float], ...] = ()
         self._round_began_at = 0.0
+        self._caught_in_vain_until = 0.0
         self.phase = _WAITING
         self.round = 0
 
@@ -216,6 +228,8 @@ class Gossip(Machine):
     def _begin(self, now: float, event: Event | Notice) -> list[Output]:
         assert self._own is not None
         self._round_began_at = now
+        if self._is_far_behind(now):
+            return self._catch_up(now)
         self.phase = _TRAINING
         return [Train(self._new_token(), self._own, self.round)]
 
@@ -225,8 +239,11 @@ class Gossip(Machine):
         sound, self._sound = self._sound, self._own
         self._exchange.hold(self._own)
         out = self._exchange.release(sound) if sound else []
-        self._trained = event.ref
         self._exchange.hold(event.ref)
+        if self._is_far_behind(now):
+            # It trained while it did not know yet how far the others are: of use to nobody.
+            return [*out, *self._exchange.release(event.ref), *self._catch_up(now)]
+        self._trained = event.ref
         if self._is_quiet():
             return out + self._adopt(now, event.ref)
         self.phase = _COLLECTING
@@ -257,9 +274,97 @@ class Gossip(Machine):
             peers = [peer for peer in peers if self._view.round_of(peer) < settings.rounds]
         return self._exchange.offer(ref, peers)
 
+    # --- catching up ------------------------------------------------------------------------------------
+    def _front(self) -> int:
+        """The round that the neighbours are in: the lower median, which a minority of liars cannot raise. Where there are
+        too few of them to outvote one, a leap has a bound."""
+        rounds = sorted(self._view.round_of(peer) for peer in self._view.learners())
+        if not rounds:
+            return 0
+        front = rounds[(len(rounds) - 1) // 2]
+        front = front if len(rounds) >= WITNESSES else min(front, self.round + MAX_LEAP)
+        return min(front, self._settings.rounds or MAX_ROUND)
+
+    def _is_far_behind(self, now: float) -> bool:
+        if self._settings.catch_up == "off" or self._final is not None or now < self._caught_in_vain_until:
+            return False
+        return self._front() - self.round > self._settings.catch_up_after
+
+    def _catch_up(self, now: float) -> list[Output]:
+        """Wait for the neighbours' models, which each offers when it links up, and go on from those."""
+        self.phase = _CATCHING_UP
+        deadline = self._timer("catch up", self._settings.catch_up_s)
+        return [deadline, *self._catch_up_if_enough(now, _NOTHING)]
+
+    def _recent(self) -> dict[PeerId, ModelRef]:
+        """What has come from neighbours that are themselves where most are."""
+        least = self._front() - self._settings.catch_up_after
+        return {peer: ref for peer, ref in sorted(self._inbox.items()) if ref.round >= least}
+
+    def _catch_up_if_enough(self, now: float, event: Event | Notice) -> list[Output]:
+        if self._merging:
+            return []  # their merge is under way
+        enough = min(WITNESSES, len(self._view.learners()))
+        return self._begin_anew(now) if len(self._recent()) >= max(1, enough) else []
+
+    def _catch_up_in_time(self, now: float, event: Event | Notice) -> list[Output]:
+        if self._merging:
+            return []
+        if self._recent():
+            return self._begin_anew(now)
+        # Nobody gave anything: better to train than to wait for ever.
+        self._caught_in_vain_until = now + self._settings.catch_up_s
+        return self._begin(now, event)
+
+    def _begin_anew(self, now: float) -> list[Output]:
+        assert self._own is not None
+        recent = self._recent()
+        self._merging = tuple(Input(peer, self._inbox.pop(peer), 0) for peer in recent)
+        front = self._front()
+        if self._settings.catch_up == "merge":
+            own = msgspec.structs.replace(self._own, round=front)
+            return [Aggregate(self._new_token(), own, self._merging)]
+        first, *rest = self._merging
+        if not rest:
+            return self._caught_up(now, first.ref)
+        return [Aggregate(self._new_token(), first.ref, tuple(rest))]
+
+    def _merged_anew(self, now: float, event: Event | Notice) -> list[Output]:
+        assert isinstance(event, Aggregated)
+        return self._caught_up(now, event.ref)
+
+    def _caught_up(self, now: float, ref: ModelRef) -> list[Output]:
+        """The network's model is this node's now."""
+        assert self._own is not None
+        before, num_models = self.round, len(self._merging)
+        self._exchange.hold(ref)
+        out = self._exchange.release(self._own)
+        for item in self._merging:
+            out += self._exchange.release(item.ref)
+        if self._sound is not None:
+            out += self._exchange.release(self._sound)
+        self._merging, self._sound = (), None
+        num_samples = self._own.num_samples
+        self.round = max(self.round, self._front())
+        self._own = ModelRef(ref.digest, ref.size_bytes, self.round, num_samples)
+        self._view.round = self.round
+        took_s = now - self._round_began_at
+        out += [Emit(CaughtUp(self.round, before, num_models, took_s)), Keep(self._own)]
+        return [*out, *(self._finish(now) if self._finished() else self._begin(now, _NOTHING))]
+
+    def _catching_up_failed(self, now: float, event: Event | Notice) -> list[Output]:
+        out = [_trouble("merging", event)]
+        for item in self._merging:
+            out += self._exchange.release(item.ref)
+        self._merging = ()
+        self._caught_in_vain_until = now + self._settings.catch_up_s
+        return [*out, *self._begin(now, event)]
+
     # --- collect ----------------------------------------------------------------------------------------
     def _receive(self, peer: PeerId, ref: ModelRef) -> list[Output]:
         """Keep the newest model of each peer; `ModelArrived` handed us its hold."""
+        if 0 < self._settings.max_staleness < self.round - ref.round:
+            return self._exchange.release(ref)
         older = self._inbox.pop(peer, None)
         self._inbox[peer] = ref
         out = self._exchange.release(older) if older else []
@@ -490,6 +595,10 @@ class Gossip(Machine):
 
 
 _RETRY_S = 5.0
+WITNESSES = 3
+"""Neighbours whose models a node catches up from, where it has as many."""
+MAX_LEAP = 1024
+"""Rounds that a node with fewer neighbours than that gains at most by catching up."""
 MAX_JUMP = 16
 """Rounds that a counter may gain in one merge beyond its own step."""
 _NOTHING = StopRequested()
@@ -532,6 +641,12 @@ _TABLE: dict[tuple[Phase, type], Handler] = {
     (_EVALUATING, Evaluated): Gossip._evaluated,
     (_EVALUATING, WorkFailed): Gossip._evaluating_failed,
     (_PAUSING, TimerFired): Gossip._begin,
+    (_CATCHING_UP, ModelArrived): Gossip._catch_up_if_enough,
+    (_CATCHING_UP, Received): Gossip._catch_up_if_enough,
+    (_CATCHING_UP, PeerDown): Gossip._catch_up_if_enough,
+    (_CATCHING_UP, TimerFired): Gossip._catch_up_in_time,
+    (_CATCHING_UP, Aggregated): Gossip._merged_anew,
+    (_CATCHING_UP, WorkFailed): Gossip._catching_up_failed,
     **{
         (_FINAL, kind): Gossip._in_final
         for kind in (ModelArrived, PeerUp, PeerDown, Received, TimerFired, Aggregated, Evaluated, WorkFailed)

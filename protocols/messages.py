@@ -8,18 +8,20 @@ from typing import Annotated
 
 from msgspec import Meta, Struct
 
+from protocols.admission import Admission
 from protocols.vocabulary import (
+    CENSUS_BYTES,
     CHUNK_BYTES,
-    MAX_ADDRESSES,
     MAX_CHUNKS,
     MAX_CODES,
     MAX_IDS_PER_MESSAGE,
+    MAX_INCARNATION,
     MAX_MODEL_BYTES,
     MAX_PEERS_PER_MESSAGE,
     MAX_RANGES_PER_MESSAGE,
     MAX_RECORDS_PER_MESSAGE,
+    MAX_SAMPLE,
     RECORD_ID_BYTES,
-    Address,
     Checkpoint,
     Detail,
     ModelRef,
@@ -29,7 +31,11 @@ from protocols.vocabulary import (
     Round,
     ScalarRecord,
     WireDigest,
+    WirePeerId,
 )
+
+Token = Annotated[int, Meta(ge=0, le=2**48)]
+"""Names a question, so that its answer finds back."""
 
 
 class Message(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -45,7 +51,12 @@ class Hello(Message, frozen=True, tag="hello"):
     """The learning protocol, or `none` for a node that only helps others find each other."""
     task: Name
     schema: WireDigest
-    addresses: Annotated[tuple[Address, ...], Meta(max_length=MAX_ADDRESSES)]
+    record: PeerRecord
+    """Of the sender."""
+    brief: bool
+    """The sender has linked up for a single purpose and will not keep this link."""
+    admission: Admission | None
+    """What lets it into a network that is not open to anyone."""
 
 
 class Refuse(Message, frozen=True, tag="refuse"):
@@ -62,14 +73,59 @@ class Heartbeat(Message, frozen=True, tag="beat"):
     active: bool
 
 
-class AskPeers(Message, frozen=True, tag="ask"):
-    """Whom else do you know?"""
+Records = Annotated[tuple[PeerRecord, ...], Meta(max_length=MAX_PEERS_PER_MESSAGE)]
+
+
+class Shuffle(Message, frozen=True, tag="shuffle"):
+    """Some of the peers that the sender knows, for as many of the receiver's (`Peers`)."""
+
+    records: Records
 
 
 class Peers(Message, frozen=True, tag="peers"):
-    """Some of the sender's live neighbours."""
+    """Peers that the sender knows: an answer to `Shuffle`, news of some, or other doors for one that is turned away."""
 
-    records: Annotated[tuple[PeerRecord, ...], Meta(max_length=MAX_PEERS_PER_MESSAGE)]
+    records: Records
+
+
+class Ping(Message, frozen=True, tag="ping"):
+    """Are you there?"""
+
+    token: Token
+
+
+class Pong(Message, frozen=True, tag="pong"):
+    """Yes, and this is the round that I know of."""
+
+    token: Token
+    round: Round
+
+
+class Probe(Message, frozen=True, tag="probe"):
+    """Can you reach this peer? I have not heard it for a while."""
+
+    token: Token
+    peer: WirePeerId
+
+
+class Probed(Message, frozen=True, tag="probed"):
+    """Whether I can."""
+
+    token: Token
+    reached: bool
+
+
+class Suspicion(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """A peer that did not answer, as it called itself last: a later incarnation refutes it."""
+
+    peer: WirePeerId
+    incarnation: Annotated[int, Meta(ge=0, le=MAX_INCARNATION)]
+
+
+class Suspects(Message, frozen=True, tag="suspects"):
+    """Peers that seem to be gone. Nobody's word is enough to cut a link; see `protocols/view.py`."""
+
+    peers: Annotated[tuple[Suspicion, ...], Meta(max_length=MAX_PEERS_PER_MESSAGE)]
 
 
 class Offer(Message, frozen=True, tag="offer"):
@@ -166,12 +222,64 @@ class Pull(Message, frozen=True, tag="pull"):
     ids: Ids
 
 
+# --- decentralised sampling -----------------------------------------------------------------------------
+class Census(Message, frozen=True, tag="census"):
+    """Whom the sender knows, in digests of a few each: the receiver tells of those in which it differs."""
+
+    digests: Annotated[bytes, Meta(min_length=CENSUS_BYTES, max_length=CENSUS_BYTES)]
+    answers: bool
+    """Whether it is said in answer to one: then it needs none."""
+
+
+Sample = Annotated[tuple[WirePeerId, ...], Meta(max_length=MAX_SAMPLE)]
+
+
+class TrainedModel(Message, frozen=True, tag="trained"):
+    """From a participant of a round to an aggregator of the next, whose number is `ref.round`."""
+
+    ref: ModelRef
+    beacon: WireDigest
+    """By which the sender found this aggregator: the participants of the next round are found by it too."""
+    heard: WireDigest
+    """The smallest digest among the aggregates that began the sender's round: the beacon after this one."""
+    sample: Sample
+    """Who else trained in the sender's round."""
+
+
+class AggregatedModel(Message, frozen=True, tag="aggregated"):
+    """From an aggregator to a participant of the round that this model begins, `ref.round`."""
+
+    ref: ModelRef
+    beacon: WireDigest
+    """By which the aggregators of the next round are found."""
+    sample: Sample
+    """All participants."""
+
+
+class Receipt(Message, frozen=True, tag="receipt"):
+    """The receiver's model has been fetched, or is not needed any more: the sender need not keep it for me."""
+
+    round: Round
+    digest: WireDigest
+
+
+class Closed(Message, frozen=True, tag="closed"):
+    """From an aggregator to who trained for it: the round has its aggregate, and the next one its participants."""
+
+    round: Round
+
+
 LinkMessage = (
     Hello
     | Refuse
     | Heartbeat
-    | AskPeers
+    | Shuffle
     | Peers
+    | Ping
+    | Pong
+    | Probe
+    | Probed
+    | Suspects
     | Offer
     | Decline
     | Bye
@@ -181,18 +289,24 @@ LinkMessage = (
     | Ranges
     | Holding
     | Pull
+    | Census
+    | TrainedModel
+    | AggregatedModel
+    | Receipt
+    | Closed
 )
 
 
 class FetchRequest(Message, frozen=True, tag="fetch"):
-    """First frame on a fetch stream. Chunks before `first_chunk` are already held."""
+    """Some consecutive chunks. First frame on a fetch stream; more for the same digest may follow, before or after the answer."""
 
     digest: WireDigest
     first_chunk: Annotated[int, Meta(ge=0, le=MAX_CHUNKS)]
+    num_chunks: Annotated[int, Meta(ge=1, le=MAX_CHUNKS)]
 
 
 class FetchHeader(Message, frozen=True, tag="header"):
-    """Answer: the blob's size and every chunk's SHA-256, which together hash to the digest."""
+    """Answer to the first: the blob's size and every chunk's SHA-256, which together hash to the digest."""
 
     size_bytes: Annotated[int, Meta(ge=1, le=MAX_MODEL_BYTES)]
     chunk_hashes: Annotated[tuple[WireDigest, ...], Meta(min_length=1, max_length=MAX_CHUNKS)]

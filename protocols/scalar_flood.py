@@ -12,8 +12,8 @@ from protocols.events import Penalise, Send
 from protocols.machine import Output
 from protocols.messages import Holding, Marks, Pull, Ranges, RoundRange, Scalars
 from protocols.scalar_log import Outcome, ScalarLog, signed_bytes
-from protocols.scalar_terms import Signatures
 from protocols.scalar_votes import Votes
+from protocols.signing import Signatures
 from protocols.view import View
 from protocols.vocabulary import (
     MAX_IDS_PER_MESSAGE,

@@ -7,7 +7,7 @@ every replica applies it.
 import hashlib
 from collections.abc import Iterable
 from math import sqrt
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta, Struct
@@ -15,7 +15,7 @@ from msgspec import Meta, Struct
 from protocols.events import RoundScalars
 from protocols.messages import Terms
 from protocols.scalar_log import ScalarLog
-from protocols.vocabulary import DIGEST_BYTES, MAX_CODES, MAX_IDS_PER_MESSAGE, PeerId, Reason, ScalarRecord
+from protocols.vocabulary import DIGEST_BYTES, MAX_CODES, MAX_IDS_PER_MESSAGE, Reason, ScalarRecord
 
 GENERATORS = {
     "rademacher": "philox4x64-10/rademacher/1",
@@ -106,21 +106,6 @@ class ScalarSettings(Struct, frozen=True, forbid_unknown_fields=True):
             )
         if self.private_noise and self.private_clip is None:
             raise ValueError("private_noise is in units of private_clip, which must then be given")
-
-
-class Signatures(Protocol):
-    """Signing as one node, and checking anybody's."""
-
-    author: bytes
-    """Of the records that `sign` signs."""
-
-    def sign(self, data: bytes) -> bytes:
-        """64 bytes."""
-
-    def verify(self, author: bytes, data: bytes, signature: bytes) -> bool: ...
-
-    def author_of(self, peer: PeerId) -> bytes | None:
-        """The author that a peer is; None where its id holds no key."""
 
 
 def terms_of(settings: ScalarSettings, base: bytes, members: Iterable[bytes]) -> Terms:

@@ -47,13 +47,13 @@ from protocols.scalar_flood import Flood
 from protocols.scalar_log import LogStatus, Outcome, ScalarLog, log_status, signed_bytes
 from protocols.scalar_terms import (
     ScalarSettings,
-    Signatures,
     counting_rounds,
     misfit,
     terms_digest,
     terms_of,
 )
 from protocols.scalar_votes import Patience, Votes, agreed, lower_median
+from protocols.signing import Signatures
 from protocols.view import View
 from protocols.vocabulary import MAX_ROUND, Checkpoint, ModelRef, PeerId, Reason, ScalarRecord, state_id
 

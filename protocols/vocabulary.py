@@ -23,6 +23,7 @@ MAX_FETCH_HEADER_BYTES = 512 * 1024
 MAX_ADDRESSES = 8
 MAX_PEERS_PER_MESSAGE = 16
 MAX_ROUND = 2**48
+MAX_INCARNATION = 2**48
 KEY_BYTES = 32
 SIGNATURE_BYTES = 64
 MAX_CODES = 255
@@ -34,6 +35,9 @@ RECORD_ID_BYTES = 16
 """So long that an author cannot find two records of its own with one id."""
 MAX_IDS_PER_MESSAGE = 2048
 MAX_SAMPLES = 2**40
+MAX_SAMPLE = 256
+"""Participants of one round."""
+CENSUS_BYTES = 256
 DIGEST_BYTES = 32
 
 PeerId = NewType("PeerId", str)
@@ -70,6 +74,8 @@ class Reason(StrEnum):
     FULL = "full"
     GREETING = "greeting"  # no hello, a second hello, or something before it
     SECURITY = "security"  # the secure channel could not be made: a plaintext dial ends here
+    UNINVITED = "uninvited"  # the network is private, and nothing that was presented opens it
+    EXPIRED = "expired"  # an invitation that has run out
     # bytes
     OVERSIZED = "oversized_frame"
     TRUNCATED = "truncated_frame"
@@ -89,6 +95,9 @@ class Reason(StrEnum):
     STRANGER = "stranger"  # a record of an author that the terms do not admit
     EQUIVOCATION = "equivocation"
     FLOOD = "flood"
+    # decentralised sampling
+    LEAP = "leap"  # a round number far beyond any that neighbours know
+    DISAGREES = "disagrees"  # an aggregate unlike that of most aggregators
     # no one's fault
     BUSY = "busy"
     GONE = "gone"
@@ -99,6 +108,8 @@ class Reason(StrEnum):
     UNREACHABLE = "unreachable"
     DUPLICATE = "duplicate"
     LEAVING = "leaving"
+    SURPLUS = "surplus"  # a link that has done its service, or makes room for another
+    DEAD = "dead"  # silent, and nobody who was asked could reach it
 
 
 HOSTILE = frozenset(
@@ -171,10 +182,19 @@ def state_id(checkpoint: Checkpoint) -> StateId:
 
 
 class PeerRecord(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """Where a peer says it can be dialled."""
+    """What a peer says of itself, signed by it (see `protocols/signing.py`)."""
 
     peer: WirePeerId
     addresses: Annotated[tuple[Address, ...], Meta(max_length=MAX_ADDRESSES)]
+    """Where it can be dialled."""
+    incarnation: Annotated[int, Meta(ge=0, le=MAX_INCARNATION)] = 0
+    """Raised by the owner alone: to come back, to leave, to deny that it is dead."""
+    left: bool = False
+    round: Round = 0
+    """The round that it knew of when it signed: its last sign of life, for `sampled`."""
+    signature: Annotated[bytes, Meta(min_length=SIGNATURE_BYTES, max_length=SIGNATURE_BYTES)] = bytes(
+        SIGNATURE_BYTES
+    )
 
 
 def one_line(text: str) -> str:

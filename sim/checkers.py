@@ -30,7 +30,8 @@ What the core promises:
 | `leaks` | now and then | the core counts on the models, links and transfers that there are; known peers stay within `max_known` |
 | `stuck` | now and then | no phase lasts longer than its work or its timer |
 
-What it promises beyond this where it learns by scalars is said in `scalar_checkers.py`.
+What it promises beyond this where it learns by scalars is said in `scalar_checkers.py`, and where it learns by sampling in
+`sampled_checkers.py`.
 
 What the world promises the core, since a rule above may only be as good as this:
 
@@ -55,6 +56,7 @@ from protocols.errors import PeerError
 from protocols.events import (
     Aggregate,
     Aggregated,
+    CaughtUp,
     Dial,
     DialFailed,
     Disconnect,
@@ -73,7 +75,6 @@ from protocols.events import (
     Halt,
     Keep,
     LearningDone,
-    LinkChanged,
     LinkDown,
     LinkUp,
     Phase,
@@ -94,10 +95,24 @@ from protocols.events import (
 )
 from protocols.final_merge import num_stages
 from protocols.gossip import MAX_JUMP, Gossip
-from protocols.messages import AskPeers, Decline, Heartbeat, Hello, Offer, Terms
+from protocols.messages import (
+    Decline,
+    Heartbeat,
+    Hello,
+    Offer,
+    Ping,
+    Pong,
+    Probe,
+    Probed,
+    Shuffle,
+    Suspects,
+    Terms,
+)
+from protocols.sampling import Sampling
 from protocols.scalars import GRACE, ScalarLearning
 from protocols.vocabulary import ModelRef, PeerId, ScalarRecord, peer_of
-from sim import scalar_checkers
+from sim import sampled_checkers, scalar_checkers
+from sim.sampled_checkers import OF_SAMPLING, SampledFacts
 from sim.scalar_checkers import AFTER_TERMS, SCALAR_RULES, Disk, ScalarFacts, States
 
 DRIFT = 2.0
@@ -196,12 +211,13 @@ class Facts:
         "merged",
         "num_timers",
         "offers",
-        "order",
+        "orders",
         "partial",
         "phase_at_s",
         "phase_token",
         "round",
         "round_at_s",
+        "sampled",
         "scalars",
         "seen_at_s",
         "since_s",
@@ -214,6 +230,7 @@ class Facts:
         self.core = core
         self.scalars: ScalarFacts | None = None
         """Of a core that learns by them."""
+        self.sampled = SampledFacts(core) if isinstance(core.learning, Sampling) else None
         self.epoch = epoch
         self.started = False
         self.kept = kept
@@ -227,7 +244,8 @@ class Facts:
         self.partial: set[bytes] = set()
         """Fetched in part at the most: half of it may lie on a disk."""
         self.offers: set[tuple[PeerId, ModelRef]] = set()
-        self.order: _Asked | None = None
+        self.orders: dict[int, _Asked] = {}
+        """By their tokens; one at a time but where a node has several parts in a round."""
         self.fetching: dict[int, _Asked] = {}
         self.failed: dict[int, tuple[Fetch, int]] = {}
         """Fetches that failed so many times and may be asked for again."""
@@ -254,6 +272,8 @@ class Facts:
         """Waiting counts from here on: the start, or the end of the last silence."""
         self.phase_at_s = now
         self.phase_token = -1
+        if self.sampled is not None:
+            self.sampled.held = self.held
 
     def heard(self, now: float) -> None:
         """An event has come. A node that was not even told of its own heartbeats was silenced."""
@@ -290,8 +310,9 @@ class Facts:
                     self.ended = ref.round - 1
             case _:
                 pass
-        if self.scalars is not None:
-            self.scalars.see(event)
+        for beside in (self.scalars, self.sampled):
+            if beside is not None:
+                beside.see(event)
 
     def _see_fetch(self, event: Fetched | FetchFailed) -> None:
         fetch = self.fetching.pop(event.token).effect
@@ -305,7 +326,7 @@ class Facts:
             self.partial.add(fetch.ref.digest)
 
     def _see_work(self, event: Trained | Aggregated | Estimated | Replayed | Evaluated | WorkFailed) -> None:
-        order, self.order = self.order, None
+        order = self.orders.pop(event.token, None)
         if isinstance(event, Trained | Aggregated | Replayed):
             self.held.add(event.ref.digest)
             if isinstance(event, Aggregated) and order is not None and isinstance(order.effect, Aggregate):
@@ -351,12 +372,8 @@ class Facts:
                 self.fetching[token] = _Asked(effect, now)
                 self.fetch_token = max(token, self.fetch_token)
                 self.partial.discard(ref.digest)
-            case Train(token, _, round_):
-                self.order, self.token, self.round = _Asked(effect, now), token, round_
-            case Aggregate(token) | Evaluate(token) | Estimate(token) | Replay(token):
-                self.order, self.token = _Asked(effect, now), token
-                if isinstance(effect, Aggregate) and effect.rule == "final":
-                    self.final_peers.update(item.peer for item in effect.inputs)
+            case Train() | Aggregate() | Evaluate() | Estimate() | Replay():
+                self._do_work(now, effect)
             case Forget(ref):
                 self.held.discard(ref.digest)
                 self.partial.discard(ref.digest)
@@ -368,13 +385,23 @@ class Facts:
                 self.dialling[peer_of(address) or PeerId("")] = now
             case _:
                 pass
-        if self.scalars is not None:
-            self.scalars.do(effect)
+        for beside in (self.scalars, self.sampled):
+            if beside is not None:
+                beside.do(effect)
+
+    def _do_work(self, now: float, order: Train | Aggregate | Evaluate | Estimate | Replay) -> None:
+        self.orders[order.token], self.token = _Asked(order, now), order.token
+        if isinstance(order, Train):
+            self.round = order.round
+        elif isinstance(order, Aggregate) and order.rule == "final":
+            self.final_peers.update(item.peer for item in order.inputs)
 
     def _do_emit(self, now: float, record: Record) -> None:
         match record:
             case RoundDone(round_):
                 self.ended, self.ceiling, self.round_at_s = round_, round_ + MAX_JUMP + 1, now
+            case CaughtUp(round_):
+                self.ended, self.ceiling = round_ - 1, round_ + MAX_JUMP + 1
             case FinalMergeDone():
                 self.merged = True
             case LearningDone():
@@ -385,8 +412,7 @@ class Facts:
     def in_use(self) -> set[bytes]:
         """The models that running work reads and running fetches write."""
         digests = {asked.effect.ref.digest for asked in self.fetching.values()}
-        if self.order is not None:
-            order = self.order.effect
+        for order in (asked.effect for asked in self.orders.values()):
             if isinstance(order, Aggregate):
                 digests.add(order.own.digest)
                 digests.update(item.ref.digest for item in order.inputs)
@@ -396,13 +422,8 @@ class Facts:
 
 
 def _accepted(peer: PeerId, effects: Sequence[Effect]) -> bool:
-    return any(
-        isinstance(effect, Emit)
-        and isinstance(effect.record, LinkChanged)
-        and effect.record.up
-        and effect.record.peer == peer
-        for effect in effects
-    )
+    """A brief link is accepted without a word to the operator."""
+    return not any(isinstance(effect, Disconnect) and effect.peer == peer for effect in effects)
 
 
 # --- rules on effects: "" where all is well -------------------------------------------------------------
@@ -474,8 +495,11 @@ def _forgets_unused(facts: Facts, forget: Forget) -> str:
 
 
 def _one_order(facts: Facts, order: Train | Aggregate | Estimate | Replay | Evaluate) -> str:
-    if facts.order is not None:
-        return f"{type(order).__name__} while {brief(facts.order.effect)} is awaited"
+    awaited = [asked.effect for asked in facts.orders.values()]
+    if facts.sampled is not None and not isinstance(order, Estimate | Replay):
+        return sampled_checkers.orders(facts.sampled, awaited, order)
+    if awaited:
+        return f"{type(order).__name__} while {brief(awaited[0])} is awaited"
     if facts.scalars is not None:  # what comes late still has its rounds replayed
         return ""
     return f"{type(order).__name__} after the last round" if facts.done else ""
@@ -500,7 +524,7 @@ def _fetch_token(facts: Facts, fetch: Fetch) -> str:
     if fetch.token > facts.fetch_token:
         return ""
     before, num_failed = facts.failed.get(fetch.token, (None, 0))
-    if before != fetch:
+    if before is None or before.ref != fetch.ref:
         return f"fetch {fetch.token} has no failed one of the same model before it"
     allowed = facts.core.exchange._settings.max_attempts
     return "" if num_failed < allowed else f"fetch {fetch.token} is tried more than {allowed} times"
@@ -532,7 +556,20 @@ def _greeted(facts: Facts, effect: Send | Fetch) -> str:
     return ""
 
 
-_AFTER_HELLO = (Heartbeat, AskPeers, Offer, Decline, Terms, *AFTER_TERMS)
+_AFTER_HELLO = (
+    Heartbeat,
+    Shuffle,
+    Ping,
+    Pong,
+    Probe,
+    Probed,
+    Suspects,
+    Offer,
+    Decline,
+    Terms,
+    *AFTER_TERMS,
+    *OF_SAMPLING,
+)
 
 
 def _dials(facts: Facts, dial: Dial) -> str:
@@ -630,7 +667,7 @@ def _num_timers(facts: Facts, effect: SetTimer) -> str:
         most = 1
     elif timer.owner == "view":
         # An earlier one takes a later one's place, and the later one still runs out.
-        most = 64 + 16 * len(core.view._known)
+        most = 64 + 16 * core.view.num_known()
     else:
         most = _MOST_STALE
     return "" if num < most else f"{num + 1} timers {timer.owner}.{timer.name} run at once, allowed {most}"
@@ -650,10 +687,14 @@ def _bounds(facts: Facts, now: float) -> str:
         return f"{len(exchange._transfers)} transfers, allowed {settings.max_parallel_fetches}"
     if len(exchange._offered) > settings.num_generations:
         return f"{len(exchange._offered)} models are offered, allowed {settings.num_generations}"
-    if len(facts.greeted) > core.view._settings.max_degree:
-        return f"{len(facts.greeted)} links accepted, allowed {core.view._settings.max_degree}"
+    view = core.view._settings
+    if len(facts.greeted) > (most := view.max_degree + view.max_brief):
+        return f"{len(facts.greeted)} links accepted, allowed {most}"
     learning = core.learning
-    if learning is None:
+    if facts.sampled is not None:
+        facts.sampled.note_ages(now)
+        return sampled_checkers.bounds(facts.sampled)
+    if learning is None or isinstance(learning, Sampling):
         return ""
     token = learning._token if isinstance(learning, Gossip) else learning._phase_token
     if token != facts.phase_token:
@@ -684,8 +725,11 @@ def _leaks(facts: Facts) -> str:
             return f"transfer {token} from {transfer.peer} waits for nothing"
     if view._links.keys() != facts.links:
         return f"links with {sorted(view._links)} by the core, with {sorted(facts.links)} by the network"
-    if len(view._known) > view._settings.max_known:
-        return f"{len(view._known)} peers known, allowed {view._settings.max_known}"
+    if view.num_known() > view._settings.max_known:
+        return f"{view.num_known()} peers known, allowed {view._settings.max_known}"
+    if facts.sampled is not None:
+        most = sampled_checkers.most_held(facts.sampled)
+        return f"{len(exchange._held)} models held, allowed {most}" if len(exchange._held) > most else ""
     inbox = max(8, 2 * view._settings.max_degree)
     # The inbox, what is being merged, the offered ones; own, trained and sound; and of a final merge as much again.
     most = 2 * inbox + exchange._settings.num_generations + 3
@@ -698,6 +742,9 @@ def _stuck(facts: Facts, limits: Limits) -> str:
     core = facts.core
     if core.learning is None or core.model is None or core.phase is Phase.DONE:
         return ""
+    if facts.sampled is not None:
+        since_s = max(facts.since_s, limits.since_s)
+        return sampled_checkers.waits(facts.sampled, facts.seen_at_s, since_s, limits.work_s)
     own_clock = _own_clock(core, limits)
     most = limits.work_s if own_clock is None else own_clock * DRIFT + 1
     lasts = facts.seen_at_s - max(facts.phase_at_s, facts.since_s, limits.since_s)
@@ -745,8 +792,9 @@ def _overdue(facts: Facts, limits: Limits) -> str:
     def late(at_s: float, limit_s: float) -> bool:
         return facts.seen_at_s - max(at_s, since_s) > limit_s
 
-    if facts.order is not None and late(facts.order.at_s, limits.work_s):
-        return f"{brief(facts.order.effect)} of {facts.order.at_s:.3f} s is not answered"
+    for asked in facts.orders.values():
+        if late(asked.at_s, limits.work_s):
+            return f"{brief(asked.effect)} of {asked.at_s:.3f} s is not answered"
     for asked in facts.fetching.values():
         if late(asked.at_s, limits.fetch_s):
             return f"{brief(asked.effect)} of {asked.at_s:.3f} s is not answered"
@@ -763,13 +811,10 @@ def _overdue(facts: Facts, limits: Limits) -> str:
 def _answers_work(
     facts: Facts, answer: Trained | Aggregated | Estimated | Replayed | Evaluated | WorkFailed
 ) -> str:
-    order = facts.order.effect if facts.order is not None else None
-    if (
-        order is None
-        or order.token != answer.token
-        or not isinstance(answer, (WorkFailed, _ANSWER[type(order)]))
-    ):
-        return f"it answers nothing: {brief(order)} is awaited"
+    order = facts.orders[answer.token].effect if answer.token in facts.orders else None
+    if order is None or not isinstance(answer, (WorkFailed, _ANSWER[type(order)])):
+        awaited = tuple(asked.effect for asked in facts.orders.values())
+        return f"it answers nothing: {brief(awaited) if awaited else 'nothing'} is awaited"
     return ""
 
 
@@ -863,7 +908,7 @@ RULES = (
 )
 """Looked at before the facts take note of what they look at, in this order."""
 _OF_GOSSIP = frozenset({"rounds", "final", "counted_once", "verified", "offered", "staleness"})
-"""Rules that mean nothing where nodes learn by scalars."""
+"""Rules that mean nothing where nodes learn by scalars or by sampling."""
 _ENCODES = Rule("encodes", (Send,), _encodes)
 
 
@@ -887,6 +932,9 @@ class Checkers:
         self._rules = _by_kind(always)
         self._scalar_rules = _by_kind(
             [*(rule for rule in always if rule.name not in _OF_GOSSIP), *map(_on_scalars, SCALAR_RULES)]
+        )
+        self._sampled_rules = _by_kind(
+            [*(r for r in always if r.name not in _OF_GOSSIP), *map(_on_sampled, sampled_checkers.RULES)]
         )
 
     def started(self, node: int, core: NodeCore, now: float, epoch: int) -> None:
@@ -923,7 +971,7 @@ class Checkers:
         if facts is None:
             raise Violation(now, node, "resumes", "an event for a node that is not online", event, effects)
         facts.heard(now)
-        rules = self._rules if facts.scalars is None else self._scalar_rules
+        rules = self._rules_of(facts)
         for name, check in rules.get(type(event), ()):
             if what := check(facts, event):
                 raise Violation(now, node, name, what, event, effects)
@@ -939,6 +987,11 @@ class Checkers:
             raise Violation(now, node, "bounds", what, event, effects)
         if self.num_events % self._stride == 0:
             self._look_closer(node, facts, now, event, effects)
+
+    def _rules_of(self, facts: Facts) -> dict[type, list[tuple[str, Callable[[Facts, Any], str]]]]:
+        if facts.sampled is not None:
+            return self._sampled_rules
+        return self._rules if facts.scalars is None else self._scalar_rules
 
     def finish(self, now: float) -> None:
         """The run is over: what is still awaited must not have waited long."""
@@ -958,6 +1011,8 @@ class Checkers:
             ("stuck", _stuck(facts, self.limits)),
             ("overdue", _overdue(facts, self.limits)),
             ("log", scalar_checkers.log_holds(facts.scalars) if facts.scalars is not None else ""),
+            ("let_go", sampled_checkers.let_go(facts.sampled) if facts.sampled is not None else ""),
+            ("due", sampled_checkers.due(facts.sampled, facts.timers) if facts.sampled is not None else ""),
         ):
             if what:
                 raise Violation(now, node, name, what, event, effects)
@@ -977,6 +1032,16 @@ def _on_scalars(rule: tuple[str, tuple[type, ...], Callable[[ScalarFacts, Any], 
     def on_facts(facts: Facts, thing: Any) -> str:
         assert facts.scalars is not None
         return check(facts.scalars, thing)
+
+    return Rule(name, kinds, on_facts)
+
+
+def _on_sampled(rule: tuple[str, tuple[type, ...], Callable[[SampledFacts, Any], str]]) -> Rule:
+    name, kinds, check = rule
+
+    def on_facts(facts: Facts, thing: Any) -> str:
+        assert facts.sampled is not None
+        return check(facts.sampled, thing)
 
     return Rule(name, kinds, on_facts)
 
@@ -1020,6 +1085,7 @@ class Liveness(Struct, frozen=True):
     Where the run ended early because all had, there is nothing to wait for.
     rule `one_log`: `settled_s` after the stop at the latest, nodes that learn by scalars and reach each other have one log of all rounds
         but the last few, and one state if they have ended all.
+    rule `one_end`: nodes that learn by sampling and are done have one model, where `one_end` says that the network was whole.
     rule `neighbours`: `links_s` after the stop an online node that knows of an online node, or is looked for by
     one, has a greeted link.
     """
@@ -1031,6 +1097,7 @@ class Liveness(Struct, frozen=True):
     """Left out, links are not looked at: not every pair of nodes can link behind NATs."""
     settled_s: float = inf
     """Left out, logs are not compared."""
+    one_end: bool = False
 
     def check(self, world: WatchedWorld, checkers: Checkers) -> None:
         """Raises Violation, by the end of the run."""
@@ -1043,6 +1110,13 @@ class Liveness(Struct, frozen=True):
             cores = {peer: node.core for peer, node in online.items() if node.core is not None}
             if what := scalar_checkers.apart(cores):
                 raise Violation(now, next(iter(online.values())).index, "one_log", what)
+        if self.one_end:
+            cores = {peer: node.core for peer, node in online.items() if node.core is not None}
+            ends = sampled_checkers.different_ends(cores.values())
+            if len(ends) > 1:
+                raise Violation(
+                    now, next(iter(online.values())).index, "one_end", f"they end with {brief(tuple(ends))}"
+                )
         if now + LATE_S < self.stops_at_s + self.links_s:
             return
         for node in online.values():
@@ -1065,7 +1139,7 @@ def _could_link(node: WatchedNode, online: dict[PeerId, Any]) -> list[str]:
     def looks_for(a: WatchedNode, b: PeerId) -> bool:
         assert a.core is not None
         view = a.core.view
-        known = view._known.get(b)
+        known = view._book.get(b)
         if known is None or not known.addresses:
             return False
         return known.bootstrap if view._settings.static else view._settings.target_degree > 0

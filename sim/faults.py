@@ -15,6 +15,7 @@ from msgspec import Struct
 
 from protocols.final_merge import num_stages
 from protocols.gossip import GossipSettings
+from protocols.sampling import SampledSettings
 from protocols.scalar_terms import ScalarSettings
 from protocols.scalars import GRACE, MAX_SETTLING, PATIENCE
 from sim.checkers import Limits, Liveness
@@ -265,8 +266,11 @@ def _schedule(rng: random.Random, rounds: int) -> Tables:
 
 
 def _choose_learning(rng: random.Random, tables: Tables) -> None:
-    """A third of the networks learn by scalars. By a generator of its own, as above."""
-    if rng.random() >= 1 / 3:
+    """A third of the networks learn by scalars, and a third by sampling. By a generator of its own, as above."""
+    drawn = rng.random()
+    if drawn >= 1 / 3:
+        if drawn >= 2 / 3:
+            _sample(rng, tables)
         return
     tables["learning"] = "scalars"
     tables["scalars"] = {
@@ -292,12 +296,36 @@ def _choose_learning(rng: random.Random, tables: Tables) -> None:
         tables["scalars"]["pause_s"] = 1.0
 
 
+def _sample(rng: random.Random, tables: Tables) -> None:
+    """There is always a last round: without one the quickest networks would go through thousands."""
+    nodes: int = tables["nodes"]
+    # Samples are drawn from everybody, so everybody must be able to hear of everybody.
+    tables["topology"]["kind"] = rng.choice(["discover", "discover", "full"])
+    tables["learning"] = "sampled"
+    tables["sampled"] = {
+        "rounds": tables["gossip"]["rounds"] or 20,
+        "sample_size": rng.randint(1, min(nodes, 8)),
+        "aggregators": rng.choice([1, 1, 1, 2, 3]),
+        "success_fraction": rng.choice([0.5, 0.8, 1.0]),
+        "deadline_s": rng.choice([2.0, 5.0, 10.0]),
+        "at_least": rng.choice([1, 3]),
+        "ping_s": rng.choice([1.0, 3.0]),
+        "window": rng.choice([4, 20, 100]),
+        "order": rng.choice(["beacon", "md5"]),
+        "pause_s": rng.choice([0.0, 0.0, 1.0]),
+        "keep_every": tables["gossip"]["keep_every"],
+        "follow_every": rng.choice([0, 0, 3]),
+        "wait_at_most_s": tables["gossip"]["wait_at_most_s"],
+        "fanout": rng.choice([1, 3]),
+    }
+
+
 def _learn(tables: Tables) -> None:
     tables["dry_run"] = False
     tables["nodes"] = min(tables["nodes"], 8)
     tables["data"] = {"task": "digits", "options": {"hidden": [4]}, "samples_per_node": 16}
     tables["training"] = {"local_steps": 1, "batch_size": 4}
-    for learning in ("gossip", "scalars"):
+    for learning in ("gossip", "sampled", "scalars"):
         if learning in tables:
             tables[learning]["rounds"] = min(tables[learning]["rounds"] or 10, 10)
     tables["topology"]["degree"] = 2
@@ -364,6 +392,7 @@ def liveness_of(adversity: Adversity) -> Liveness:
         round_s=_round_s(scenario),
         links_s=_links_s(scenario) if steady else inf,
         settled_s=_settled_s(scenario) if _can_agree(adversity) else inf,
+        one_end=_ends_alike(adversity),
     )
 
 
@@ -376,11 +405,25 @@ def _can_agree(adversity: Adversity) -> bool:
     return scenario.learning == "scalars" and scenario.topology.kind == "full" and steady and patient
 
 
+def _ends_alike(adversity: Adversity) -> bool:
+    """Where nobody who is waited for is ever cut off: a part of a network that hears nothing of the rest goes on by itself.
+    The simulator names what several aggregators make of the same models by its maker, so there is one."""
+    scenario = adversity.scenario
+    whole = set(adversity.kinds) <= {"duplication", "latency", "clocks", "small buffers"}
+    return scenario.learning == "sampled" and scenario.sampled.aggregators == 1 and whole
+
+
 def _with_end(scenario: Scenario, stops_at_s: float) -> Scenario:
     """Time enough for all rounds after the faults, or, without a last round, for a few, and for all links."""
     if scenario.learning == "scalars":
         after_s = max(_settled_s(scenario), _links_s(scenario))
         return msgspec.structs.replace(scenario, at_most_s=stops_at_s + after_s + SLACK_S)
+    if scenario.learning == "sampled":
+        sampled: SampledSettings = scenario.sampled
+        rounds_s = (sampled.rounds + 3) * _round_s(scenario) + sampled.wait_at_most_s * _DRIFT
+        return msgspec.structs.replace(
+            scenario, at_most_s=stops_at_s + rounds_s + 2 * _links_s(scenario) + SLACK_S
+        )
     gossip: GossipSettings = scenario.gossip
     rounds_s = (gossip.rounds or 3) * _round_s(scenario) + gossip.wait_at_most_s * _DRIFT + _final_s(scenario)
     return msgspec.structs.replace(
@@ -399,9 +442,21 @@ def _round_s(scenario: Scenario) -> float:
         scalars: ScalarSettings = scenario.scalars
         waits_s = (1 + GRACE) * scalars.deadline_s + max(scalars.pause_s, _REST_S)
         return _slowest(scenario) * sum(_durations(scenario)) + waits_s * _DRIFT + SLACK_S
+    if scenario.learning == "sampled":
+        return _sampled_round_s(scenario)
     gossip = scenario.gossip
     waits_s = (gossip.window_s or gossip.deadline_s) + max(gossip.pause_s, _REST_S)
     return _slowest(scenario) * sum(_durations(scenario)) + waits_s * _DRIFT + SLACK_S
+
+
+def _sampled_round_s(scenario: Scenario) -> float:
+    """A sample that is looked for until nobody answers, models that come late or not at all, and a round begun anew."""
+    sampled = scenario.sampled
+    drawing_s = sampled.ping_s * (2 + scenario.nodes / 4)
+    waits_s = 3 * sampled.deadline_s + sampled.patience_s + 2 * drawing_s + max(sampled.pause_s, _REST_S)
+    return (
+        _slowest(scenario) * sum(_durations(scenario)) + waits_s * _DRIFT + 2 * _fetch_s(scenario) + SLACK_S
+    )
 
 
 def _settled_s(scenario: Scenario) -> float:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from msgspec import Struct
 
 from protocols.errors import ConfigError
+from protocols.view import NO_LEARNING
 from protocols.vocabulary import PeerId
 from sim.graph import Graph, Learning, Surrogate
 from sim.orders import Answers, Computer, Here, Program
@@ -147,7 +148,7 @@ def _read(scenario: Scenario, base: Path) -> tuple["Task", list["Indices"], list
     final_rule = _final_rule(scenario)
     held_out = None
     judges_final = scenario.gossip.final_keep == "better"
-    exchanges_models = scenario.learning == "gossip"
+    exchanges_models = scenario.learning in ("gossip", "sampled")
     if exchanges_models and judges(build_rules(rule_specs(scenario.rule), final_rule, judges_final)):
         both = [hold_out(part, scenario.training.validation) for part in parts]
         parts, held_out = [own for own, _ in both], [held for _, held in both]
@@ -222,7 +223,7 @@ def plan_learning(
 
     Raises ConfigError where task, data or rule cannot be used.
     """
-    if scenario.dry_run:
+    if scenario.dry_run or scenario.learning == NO_LEARNING:
         schema = hashlib.sha256(b"dry run").digest()
         facts = Facts(
             task_name=scenario.data.task,

@@ -13,13 +13,13 @@ from typing import Annotated, Any, Literal, get_args
 
 from msgspec import Meta, Struct
 
-from node.ports import Deliver, NetworkEvent
+from node.ports import Deliver, NetworkEvent, fetch_failure
 from protocols.blob import num_chunks
 from protocols.codec import encode, link_decoder
 from protocols.errors import ConfigError, PeerError
-from protocols.events import DialFailed, Fetched, FetchFailed, LinkDown, LinkUp, Received
-from protocols.messages import AskPeers, Bye, Decline, Heartbeat, Hello, LinkMessage, Offer
-from protocols.vocabulary import DIGEST_BYTES, Digest, ModelRef, PeerId, Reason, peer_of
+from protocols.events import DialFailed, Fetched, FetchFailed, LinkDown, LinkUp, Received, Rejected
+from protocols.messages import Bye, Decline, Heartbeat, Hello, LinkMessage, Offer, Ping, Pong
+from protocols.vocabulary import DIGEST_BYTES, HOSTILE, Digest, ModelRef, PeerId, Reason, peer_of
 from sim.clock import VirtualClock
 from sim.latency import OneWay, constant, lognormal, matrix, read_matrix
 from sim.nat import Nat
@@ -35,7 +35,8 @@ TYPICAL_BYTES: dict[type, int] = {
     kind: len(encode(example))
     for kind, example in (
         (Heartbeat, Heartbeat(100, True)),
-        (AskPeers, AskPeers()),
+        (Ping, Ping(100)),
+        (Pong, Pong(100, 100)),
         (Offer, Offer(ModelRef(_DIGEST, 100_000, 100, 100))),
         (Decline, Decline(_DIGEST, Reason.BUSY)),
         (Bye, Bye()),
@@ -153,33 +154,59 @@ class _End:
 
 
 class _Fetch:
-    """One fetch, from the command to its one answer."""
+    """One fetch, or one source's part of it, from the command to its one answer."""
 
     __slots__ = (
         "answered",
         "end",
         "num_stalls",
         "ref",
+        "shared",
         "size_bytes",
         "stalled",
         "token",
         "transfer",
+        "unsent",
         "value",
     )
 
-    def __init__(self, end: _End, token: int, ref: ModelRef) -> None:
+    def __init__(
+        self, end: _End, token: int, ref: ModelRef, num_bytes: int, shared: "_SharedFetch | None" = None
+    ) -> None:
         self.end = end
         """The receiver's."""
         self.token = token
         self.ref = ref
-        self.size_bytes = ref.size_bytes + num_chunks(ref.size_bytes) * DIGEST_BYTES + FETCH_OVERHEAD_BYTES
+        self.size_bytes = num_bytes + num_chunks(ref.size_bytes) * DIGEST_BYTES + FETCH_OVERHEAD_BYTES
+        self.shared = shared
         self.value: object = None
         self.transfer: Transfer | None = None
         """From the request's arrival until the last byte was sent."""
+        self.unsent = num_bytes
+        """Of the model's bytes, those that are still to come where it broke off."""
         self.stalled = False
         self.num_stalls = 0
         """Stalls begun and ended: a timeout that was set for an earlier one is out of date."""
         self.answered = False
+
+
+class _SharedFetch:
+    """One fetch from several sources: equal parts, each a transfer of its own. What a source that fails has not sent is
+    shared out among those that are left."""
+
+    __slots__ = ("failures", "parts", "peer", "receiver", "ref", "sources", "token", "value")
+
+    def __init__(self, receiver: Endpoint, token: int, peer: PeerId, ref: ModelRef) -> None:
+        self.receiver = receiver
+        self.token = token
+        self.peer = peer
+        self.ref = ref
+        self.sources: dict[PeerId, _End] = {}
+        """Those that have not failed."""
+        self.failures: dict[PeerId, PeerError] = {}
+        self.parts: dict[_Fetch, None] = {}
+        """Those that are on their way."""
+        self.value: object = None
 
 
 class SimNetwork:
@@ -538,14 +565,73 @@ class SimNetwork:
         end.hears = end.up and self._is_open(end)
 
     # --- fetching ---------------------------------------------------------------------------------------
-    def fetch(self, receiver: Endpoint, token: int, peer: PeerId, ref: ModelRef) -> None:
+    def fetch(
+        self, receiver: Endpoint, token: int, peer: PeerId, ref: ModelRef, others: Sequence[PeerId]
+    ) -> None:
+        if others:
+            self._fetch_shared(receiver, token, peer, ref, others)
+            return
         end = receiver.links.get(peer)
         if end is None or not end.up:
             self._soon(receiver, FetchFailed(token, Reason.LINK, "no link to the peer"))
             return
-        fetch = _Fetch(end, token, ref)
-        receiver.fetching[fetch] = None
-        self._clock.after(self._delay(end), self._serve, fetch, self._clock.moment_s)
+        self._ask(_Fetch(end, token, ref, ref.size_bytes))
+
+    def _ask(self, fetch: _Fetch) -> None:
+        fetch.end.endpoint.fetching[fetch] = None
+        self._clock.after(self._delay(fetch.end), self._serve, fetch, self._clock.moment_s)
+
+    def _fetch_shared(
+        self, receiver: Endpoint, token: int, peer: PeerId, ref: ModelRef, others: Sequence[PeerId]
+    ) -> None:
+        shared = _SharedFetch(receiver, token, peer, ref)
+        for source in dict.fromkeys((peer, *others)):
+            end = receiver.links.get(source)
+            if end is not None and end.up:
+                shared.sources[source] = end
+            else:
+                shared.failures[source] = PeerError(Reason.LINK, "no link to the peer")
+        if shared.sources:
+            self._share_out(shared, ref.size_bytes)
+        else:
+            failure = fetch_failure(peer, shared.failures)
+            self._soon(receiver, FetchFailed(token, failure.reason, failure.detail))
+
+    def _share_out(self, shared: _SharedFetch, num_bytes: int) -> None:
+        """Ask every source for its part of these bytes."""
+        ends = list(shared.sources.values())
+        share, rest = divmod(num_bytes, len(ends))
+        for number, end in enumerate(ends):
+            part = _Fetch(end, shared.token, shared.ref, share + (number < rest), shared)
+            shared.parts[part] = None
+            self._ask(part)
+
+    def _end_part(self, shared: _SharedFetch, part: _Fetch, event: Fetched | FetchFailed) -> None:
+        del shared.parts[part]
+        if isinstance(event, FetchFailed):
+            self._lose_source(shared, part, PeerError(event.reason, event.detail))
+        elif not shared.parts:
+            first = shared.failures.get(shared.peer)
+            if first is not None and first.reason in HOSTILE:
+                self._tell(shared.receiver, Rejected(shared.peer, first.reason, first.detail))
+            self._tell(shared.receiver, self._admit(shared.receiver, shared.token, shared.ref, shared.value))
+
+    def _lose_source(self, shared: _SharedFetch, part: _Fetch, failure: PeerError) -> None:
+        source = part.end.far.endpoint.peer
+        del shared.sources[source]
+        shared.failures[source] = failure
+        missing = part.unsent
+        for other in [other for other in shared.parts if other.end is part.end]:
+            del shared.parts[other]
+            self._end_fetch(other)
+            missing += other.unsent
+        if shared.sources:
+            self._share_out(shared, missing)
+        if failure.reason in HOSTILE and source != shared.peer:
+            self._tell(shared.receiver, Rejected(source, failure.reason, failure.detail))
+        if not shared.sources:
+            last = fetch_failure(shared.peer, shared.failures)
+            self._tell(shared.receiver, FetchFailed(shared.token, last.reason, last.detail))
 
     def _serve(self, fetch: _Fetch, asked_at: float) -> None:
         """The request arrives, unless the way there or the node itself is gone: then only time answers."""
@@ -586,13 +672,20 @@ class SimNetwork:
         if corruption and self._corruptions.random() < corruption:
             self._answer(fetch, FetchFailed(fetch.token, Reason.WRONG_HASH, "the bytes arrived damaged"))
             return
+        if fetch.shared is not None:
+            fetch.shared.value = fetch.value
+            self._answer(fetch, Fetched(fetch.token))
+        else:
+            self._answer(fetch, self._admit(receiver, fetch.token, ref, fetch.value))
+
+    def _admit(self, receiver: Endpoint, token: int, ref: ModelRef, value: object) -> Fetched | FetchFailed:
+        """Pass the receiver's gate."""
         try:
-            receiver.admit(ref, fetch.value)
+            receiver.admit(ref, value)
         except PeerError as error:
-            self._answer(fetch, FetchFailed(fetch.token, error.reason, error.detail))
-            return
-        receiver.held[Digest(ref.digest)] = fetch.value
-        self._answer(fetch, Fetched(fetch.token))
+            return FetchFailed(token, error.reason, error.detail)
+        receiver.held[Digest(ref.digest)] = value
+        return Fetched(token)
 
     def _stall(self, fetch: _Fetch) -> None:
         """No byte passes; it fails after its time unless it goes on before."""
@@ -623,8 +716,12 @@ class SimNetwork:
                 self._clock.after(0.0, self._answer, fetch, failure)
 
     def _answer(self, fetch: _Fetch, event: Fetched | FetchFailed) -> None:
-        if not fetch.answered:
-            self._end_fetch(fetch)
+        if fetch.answered:
+            return
+        self._end_fetch(fetch)
+        if fetch.shared is not None:
+            self._end_part(fetch.shared, fetch, event)
+        else:
             self._tell(fetch.end.endpoint, event)
 
     def _end_fetch(self, fetch: _Fetch) -> None:
@@ -633,7 +730,9 @@ class SimNetwork:
         del fetch.end.endpoint.fetching[fetch]
         fetch.end.far.endpoint.serving.pop(fetch, None)
         if fetch.transfer:
-            self._count_sent(fetch, fetch.size_bytes - int(self._transfers.pause(fetch.transfer)))
+            unsent = int(self._transfers.pause(fetch.transfer))
+            self._count_sent(fetch, fetch.size_bytes - unsent)
+            fetch.unsent = min(fetch.unsent, unsent)
             fetch.transfer = None
 
     def _count_sent(self, fetch: _Fetch, num_bytes: int) -> None:
@@ -696,8 +795,8 @@ class SimPort:
         else:
             network.send_with_care(end, message, size)
 
-    def fetch(self, token: int, peer: PeerId, ref: ModelRef) -> None:
-        self._network.fetch(self.endpoint, token, peer, ref)
+    def fetch(self, token: int, peer: PeerId, ref: ModelRef, others: Sequence[PeerId] = ()) -> None:
+        self._network.fetch(self.endpoint, token, peer, ref, others)
 
 
 def _latency_model(settings: LinkSettings, base: Path, key: bytes) -> OneWay:

@@ -20,6 +20,7 @@ import msgspec
 import tomli_w
 
 from protocols.errors import ConfigError
+from protocols.view import NO_LEARNING
 from sim import field_docs
 from sim.churn import check_churn, read_trace
 from sim.latency import read_matrix
@@ -38,6 +39,7 @@ OWNED = {
     "view.target_degree": "topology.degree",
     "view.max_degree": "topology.degree",
     "gossip.evaluate_every": "evaluation.every",
+    "sampled.evaluate_every": "evaluation.every",
     "scalars.evaluate_every": "evaluation.every",
 }
 """Fields of a daemon that a scenario sets by another one."""
@@ -203,10 +205,18 @@ def _check_devices(scenario: Scenario) -> None:
 def _check_pace(scenario: Scenario) -> None:
     """Rounds have to take time, or the clock would stand still."""
     devices, gossip, scalars = scenario.devices, scenario.gossip, scenario.scalars
+    if scenario.learning == NO_LEARNING:
+        return
     if scenario.learning == "scalars":
         if not (devices.estimate_s or devices.replay_s or scalars.pause_s):
             raise ConfigError(
                 "devices.estimate_s", "a round would take no time", ["more than 0", "scalars.pause_s above 0"]
+            )
+        return
+    if scenario.learning == "sampled":
+        if not (devices.train_s or scenario.sampled.pause_s):
+            raise ConfigError(
+                "devices.train_s", "a round would take no time", ["more than 0", "sampled.pause_s above 0"]
             )
         return
     if not (devices.train_s or devices.aggregate_s or devices.evaluate_s or gossip.pause_s or gossip.quorum):

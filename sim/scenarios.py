@@ -11,6 +11,7 @@ from msgspec import Meta, Struct, field
 from node.settings import TrainingSettings
 from protocols.exchange import ExchangeSettings
 from protocols.gossip import GossipSettings
+from protocols.sampling import SampledSettings
 from protocols.scalar_terms import ScalarSettings
 from protocols.view import ViewSettings
 from sim.churn import ChurnSettings
@@ -40,7 +41,8 @@ class DataSettings(Struct, frozen=True, forbid_unknown_fields=True):
     """Every node draws so many training samples, and several may hold the same one: for more nodes than the data
     can be dealt to. Only with `iid`. Left out, the data is dealt and every sample has one owner."""
     start: Literal["different", "common"] = "different"
-    """Whether nodes begin from different random models or from one. Who learns by scalars begins from one in any case."""
+    """Whether nodes begin from different random models or from one. Only `gossip` can
+    begin from different ones."""
     model_bytes: Annotated[int, Meta(ge=1)] = 20_000
     """A model's size in a dry run, which loads no task."""
 
@@ -52,6 +54,9 @@ class TopologySettings(Struct, frozen=True, forbid_unknown_fields=True):
     """`discover`: every node knows one bootstrap node and finds the others itself."""
     degree: Annotated[int, Meta(ge=1, le=64)] = 4
     """Links of each node in `regular`, the target degree in `discover`."""
+    islands: Annotated[int, Meta(ge=1, le=1000)] = 1
+    """Of `discover`: so many parts of equal size, by node number, each with a bootstrap node of its own. Who of one part
+    hears of another is said in the timeline (`introduce`)."""
     path: str | None = None
     """Of `file`: a CSV with the columns `a,b`, one undirected link a row."""
 
@@ -139,9 +144,11 @@ class Scenario(Struct, frozen=True, forbid_unknown_fields=True):
     """Virtual time after which the run ends in any case."""
     dry_run: bool = False
     """The whole network without the learning: no task is loaded, nothing is computed, there is no accuracy."""
-    learning: Literal["gossip", "scalars"] = "gossip"
-    """What is exchanged: whole models (`gossip`), or one byte for each estimate of a gradient, from which every node
-    rebuilds the same model (`scalars`). The tables of the other one then mean nothing."""
+    learning: Literal["gossip", "sampled", "scalars", "none"] = "gossip"
+    """What is exchanged: whole models with neighbours (`gossip`), whole models of a few nodes drawn anew in each round
+    (`sampled`), or one byte for each estimate of a gradient, from which every node rebuilds the same model (`scalars`). The
+    tables of the others then mean nothing. With `none` nothing is learned:
+    nodes only keep their network together, until `at_most_s`."""
     rule: str | tuple[str | dict[str, Any], ...] = "corrected"
     """Merge rules in order, as in a node's config. A string joins names with `+`; `corrected` is short for
     `mean+variance.corrected`."""
@@ -155,6 +162,7 @@ class Scenario(Struct, frozen=True, forbid_unknown_fields=True):
     gossip: GossipSettings = field(
         default_factory=lambda: GossipSettings(rounds=40, quorum=1.0, deadline_s=5.0, pause_s=0.0)
     )
+    sampled: SampledSettings = field(default_factory=lambda: SampledSettings(rounds=100, deadline_s=10.0))
     scalars: ScalarSettings = field(
         default_factory=lambda: ScalarSettings(rounds=100, samples=4, learning_rate=0.05, deadline_s=5.0)
     )

@@ -39,6 +39,7 @@ class Action(StrEnum):
     LOSS = "loss"
     LATENCY = "latency"
     BANDWIDTH = "bandwidth"
+    INTRODUCE = "introduce"
 
 
 class Group(Struct, frozen=True):
@@ -254,6 +255,15 @@ def _read_factor(words: _Words) -> TimelineEvent:
     return TimelineEvent(0.0, words.action, value=words.factor(words.rest))
 
 
+def _read_introduce(words: _Words) -> TimelineEvent:
+    nodes = words.listed(words.rest)
+    if not nodes:
+        raise words.unread()
+    if len(nodes) < 2:
+        raise words.wrong("introduces a node to nobody", "introduce nodes 5,105")
+    return TimelineEvent(0.0, words.action, nodes=nodes)
+
+
 _READERS: dict[Action, Callable[[_Words], TimelineEvent]] = {
     **dict.fromkeys(
         (Action.CRASH, Action.WIPE, Action.LEAVE, Action.SILENCE, Action.RESTART, Action.WAKE), _read_befall
@@ -263,6 +273,7 @@ _READERS: dict[Action, Callable[[_Words], TimelineEvent]] = {
     Action.LOSS: _read_loss,
     Action.LATENCY: _read_factor,
     Action.BANDWIDTH: _read_factor,
+    Action.INTRODUCE: _read_introduce,
 }
 _EXAMPLES: dict[str, str] = {
     action.value: f"{action.value} N % | all | nodes 1,2,5-9"
@@ -274,5 +285,6 @@ _EXAMPLES: dict[str, str] = {
     "loss": "loss 10 %",
     "latency": "latency x 3",
     "bandwidth": "bandwidth x 0.1",
+    "introduce": "introduce nodes 5,105",
 }
 """What is allowed behind each action."""

@@ -57,6 +57,12 @@ def check_topology(topology: "TopologySettings", nodes: int) -> None:
     degree = topology.degree
     if topology.path is not None and topology.kind != "file":
         raise ConfigError("topology.path", f"means nothing with kind '{topology.kind}'", ["kind = 'file'"])
+    if topology.islands > 1 and (topology.kind != "discover" or topology.islands > nodes):
+        raise ConfigError(
+            "topology.islands",
+            f"{topology.islands} make no sense with {nodes} nodes and kind '{topology.kind}'",
+            ["kind = 'discover'", f"up to {nodes}"],
+        )
     if topology.kind == "full" and nodes > MAX_FULL_NODES:
         raise ConfigError(
             "topology.kind",

@@ -26,6 +26,7 @@ from protocols.events import (
     Aggregated,
     Dial,
     Disconnect,
+    Discovered,
     Effect,
     Emit,
     Estimate,
@@ -55,7 +56,7 @@ from protocols.events import (
     Trained,
     Trouble,
 )
-from protocols.view import ViewSettings
+from protocols.view import NO_LEARNING, ViewSettings
 from protocols.vocabulary import (
     DIGEST_BYTES,
     MAX_ROUND,
@@ -336,6 +337,7 @@ class World:
             learning=scenario.learning,
             exchange=scenario.exchange,
             gossip=replace(scenario.gossip, evaluate_every=scenario.evaluation.every),
+            sampled=replace(scenario.sampled, evaluate_every=scenario.evaluation.every),
             scalars=replace(scenario.scalars, evaluate_every=scenario.evaluation.every),
             base=self.plan.facts.base,
             members=frozenset(author_of(PeerId(peer)) for peer in scenario.scalars.members),
@@ -343,6 +345,7 @@ class World:
         self._unmeasured = replace(
             self._measured,
             gossip=replace(scenario.gossip, evaluate_every=MAX_ROUND + 1),
+            sampled=replace(scenario.sampled, evaluate_every=MAX_ROUND + 1),
             scalars=replace(scenario.scalars, evaluate_every=MAX_ROUND + 1),
         )
         count = max(1, round(scenario.evaluation.share * len(self.nodes)))
@@ -365,10 +368,12 @@ class World:
         """Who dials whom. Each edge of a drawn topology is dialled from one end, the one that can."""
         topology, view = self.scenario.topology, self.scenario.view
         if topology.kind == "discover":
-            first = sim_address(self._most_reachable())
-            view = replace(view, bootstrap=(first,), target_degree=topology.degree)
-            for node in self.nodes:
-                node.view = view
+            for island in range(topology.islands):
+                nodes = [n for n in self.nodes if n.index * topology.islands // len(self.nodes) == island]
+                first = sim_address(self._most_reachable(nodes))
+                own = replace(view, bootstrap=(first,), target_degree=topology.degree)
+                for node in nodes:
+                    node.view = own
             return
         dials: dict[int, list[str]] = defaultdict(list)
         for low, high in draw_edges(topology, len(self.nodes), self.scenario.seed, self._base):
@@ -386,11 +391,11 @@ class World:
                 max_degree=len(self.nodes),
             )
 
-    def _most_reachable(self) -> PeerId:
-        """The first node of the NAT class that most nodes can dial."""
-        firsts = {self._network.nat_of(node.peer): node.peer for node in reversed(self.nodes)}
+    def _most_reachable(self, nodes: Sequence[SimNode]) -> PeerId:
+        """Of these the first of the NAT class that most of them can dial."""
+        firsts = {self._network.nat_of(node.peer): node.peer for node in reversed(nodes)}
         reached = {
-            peer: sum(self._network.reaches(node.peer, peer) for node in self.nodes)
+            peer: sum(self._network.reaches(node.peer, peer) for node in nodes)
             for peer in sorted(firsts.values())
         }
         return max(reached, key=lambda peer: reached[peer])
@@ -423,6 +428,12 @@ class World:
                 self._network.scale_latency(line.value)
             case Action.BANDWIDTH:
                 self._network.scale_bandwidth(line.value)
+            case Action.INTRODUCE:
+                named = [self.nodes[index] for index in line.nodes]
+                for node in named:
+                    addresses = tuple(sim_address(other.peer) for other in named if other is not node)
+                    if node.core is not None:
+                        self._handle(node, node.epoch, Discovered(addresses))
             case _:
                 change = CHANGES[line.action]
                 able = [
@@ -478,9 +489,10 @@ class World:
         node.port = self._network.join(node.peer, partial(self._handle, node, node.epoch), _admit)
         node.held = cast("dict[bytes, Value]", node.port.endpoint.held)
         settings = self._measured if node.evaluates else self._unmeasured
-        signs = (SimSignatures(node.peer),) if self._scalars is not None else ()
         rng = self._rng(f"core {node.index} {node.epoch}")
-        node.core = self._make_core(replace(settings, view=node.view), node.peer, rng, *signs)
+        node.core = self._make_core(
+            replace(settings, view=node.view), node.peer, rng, SimSignatures(node.peer)
+        )
         self._settle(node)
         if self._checkers is not None:
             self._checkers.started(node.index, node.core, self.clock.now(), node.epoch)
@@ -488,6 +500,8 @@ class World:
 
     def _first_event(self, node: SimNode) -> Started:
         addresses, peers = (sim_address(node.peer),), tuple(node.peers.values())
+        if self.scenario.learning == NO_LEARNING:
+            return Started(addresses, peers, None, unix_s=self._wall_clock(node))
         if self._scalars is not None:
             self._scalars.began(node.index, self.clock.now(), self._other_cores(node))
             ref, checkpoint = self._scalars.base, node.disk.checkpoint
@@ -500,19 +514,24 @@ class World:
                     "the checkpoint that was sealed is the one that was kept"
                 )
                 node.held[kept.digest] = value
-            return Started(addresses, peers, ref, checkpoint, node.disk.after_checkpoint())
+            records = node.disk.after_checkpoint()
+            return Started(addresses, peers, ref, checkpoint, records, self._wall_clock(node))
         if node.checkpoint is None:
             node.checkpoint = self._new_ref(node, 0), self._first_model(node)
         ref, value = node.checkpoint
         node.held[ref.digest] = value
-        return Started(addresses, peers, ref)
+        return Started(addresses, peers, ref, unix_s=self._wall_clock(node))
+
+    def _wall_clock(self, node: SimNode) -> float:
+        """As its own clock has it. Two lives of a node never begin in one second of it."""
+        return node.clock_offset_s + self.clock.now() + node.epoch
 
     def _other_cores(self, node: SimNode) -> list[NodeCore]:
         return [other.core for other in self.nodes if other.online and other is not node and other.core]
 
     def _first_model(self, node: SimNode) -> Value:
         seed = self.scenario.seed
-        if self.scenario.data.start == "different" and self._scalars is None:
+        if self.scenario.data.start == "different" and self.scenario.learning == "gossip":
             return self._learning.begin(seed * 100_003 + node.index + 1)
         if self._common is None:
             self._common = self._learning.begin(seed)
@@ -602,7 +621,7 @@ class World:
     def _fetch(self, node: SimNode, effect: Fetch) -> None:
         assert node.port is not None
         self.fetches += 1
-        node.port.fetch(effect.token, effect.peer, effect.ref)
+        node.port.fetch(effect.token, effect.peer, effect.ref, effect.others)
 
     def _keep(self, node: SimNode, effect: Keep) -> None:
         node.checkpoint = effect.ref, node.held[effect.ref.digest]

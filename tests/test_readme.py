@@ -15,7 +15,7 @@ import pytest
 import typer
 from typer.main import get_command
 
-from node import cli
+from node import cli, cli_common
 from node.config import Config, parse_config
 from node.settings import TrainingSettings
 from node.task_loading import make_task
@@ -144,7 +144,7 @@ def test_every_make_target_exists(document: str) -> None:
 
 
 def test_the_exit_codes_are_those_of_the_command() -> None:
-    assert (cli.EXIT_FAILED, cli.EXIT_USAGE, cli.EXIT_INTERRUPTED) == (1, 2, 130)
+    assert (cli_common.EXIT_FAILED, cli_common.EXIT_USAGE, cli_common.EXIT_INTERRUPTED) == (1, 2, 130)
     assert "Exit codes: 0 done, 1 failed, 2 wrong usage or config, 130 interrupted." in README
     assert cli.app.info.epilog in README
 

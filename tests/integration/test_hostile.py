@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 import pytest
 import torch
@@ -20,16 +21,27 @@ from multiaddr import Multiaddr
 
 from node.api import call
 from node.cluster import Cluster, LocalNode, local_settings
+from node.identity import peer_id_of
 from node.libp2p_network import FETCH, LINK, Libp2pNetwork, _make_host
 from node.ports import NetworkEvent
+from node.signatures import Ed25519Signatures
 from node.store import Blob, BlobStore
 from node.task_loading import make_task
 from node.tasks import initial_params
 from node.weights import encode_params, schema_hash, schema_of
 from protocols.codec import encode, link_decoder
 from protocols.events import LinkDown, LinkUp, Received
-from protocols.messages import Decline, Heartbeat, Hello, Message, Offer, Refuse
-from protocols.vocabulary import MAX_FRAME_BYTES, PROTOCOL_VERSION, ModelRef, PeerId, Reason, SchemaHash
+from protocols.messages import Decline, Heartbeat, Hello, LinkMessage, Message, Offer, Peers, Refuse, Shuffle
+from protocols.signing import sign_record
+from protocols.vocabulary import (
+    MAX_FRAME_BYTES,
+    PROTOCOL_VERSION,
+    ModelRef,
+    PeerId,
+    PeerRecord,
+    Reason,
+    SchemaHash,
+)
 
 pytestmark = [pytest.mark.daemons, pytest.mark.timeout(180)]
 
@@ -38,8 +50,23 @@ PARAMS = initial_params(TASK, 3)
 SCHEMA = schema_hash(TASK.name, schema_of(PARAMS))
 
 
-def hello(network: str = "hostile", task: str = TASK.name, schema: SchemaHash = SCHEMA) -> Hello:
-    return Hello(PROTOCOL_VERSION, network, "gossip", task, schema, ())
+def said_by(key: Ed25519PrivateKey, peer: str = "", **fields: Any) -> PeerRecord:
+    """What the owner of a key says of itself, or claims of another."""
+    record = PeerRecord(PeerId(peer or peer_id_of(key)), (), **fields)
+    return sign_record("hostile", record, Ed25519Signatures(key))
+
+
+def hello(
+    key: Ed25519PrivateKey,
+    network: str = "hostile",
+    task: str = TASK.name,
+    schema: SchemaHash = SCHEMA,
+) -> Hello:
+    return Hello(PROTOCOL_VERSION, network, "gossip", task, schema, said_by(key), False, None)
+
+
+def greeted(key: Ed25519PrivateKey, *messages: LinkMessage) -> bytes:
+    return b"".join(map(encode, (hello(key), *messages)))
 
 
 @pytest.fixture(scope="module")
@@ -75,11 +102,16 @@ async def wait_refused(node: LocalNode, reason: Reason, before: dict[str, int]) 
     )
 
 
-def raw_attack(address: str, protocol: Any, script: Callable[[Any], Awaitable[None]]) -> None:
+def raw_attack(
+    address: str,
+    protocol: Any,
+    script: Callable[[Any], Awaitable[None]],
+    key: Ed25519PrivateKey | None = None,
+) -> None:
     """Run `script` on a fresh stream to the daemon, on a host of our own."""
 
     async def main() -> None:
-        host = _make_host(Ed25519PrivateKey.generate(), [], lambda detail: None)
+        host = _make_host(key or Ed25519PrivateKey.generate(), [], lambda detail: None)
         info = info_from_p2p_addr(Multiaddr(address))
         async with host.run(listen_addrs=[]):
             await host.get_network().dial_addr(info.addrs[0], info.peer_id)  # type: ignore[attr-defined]
@@ -101,20 +133,34 @@ async def read_to_end(stream: Any) -> list[Message]:
         heard += list(decoder.feed(data))
 
 
-async def attack_link(victim: LocalNode, data: bytes, close: bool = False) -> list[Message]:
+Make = Callable[[Ed25519PrivateKey], bytes]
+"""What an attacker says, given its key."""
+
+
+async def attack_link(victim: LocalNode, make: Make, close: bool = False) -> list[Message]:
     heard: list[Message] = []
+    key = Ed25519PrivateKey.generate()
 
     async def script(stream: Any) -> None:
-        await stream.write(data)
+        await stream.write(make(key))
         if close:
             await stream.close_write()
         heard.extend(await read_to_end(stream))
 
-    await asyncio.to_thread(raw_attack, victim.address(), LINK, script)
+    await asyncio.to_thread(raw_attack, victim.address(), LINK, script, key)
     return heard
 
 
-FRAMES = {
+STRANGER = Ed25519PrivateKey.generate()
+
+
+def frame(*items: object) -> bytes:
+    """An array that our own messages cannot hold."""
+    body = msgspec.msgpack.encode(items)
+    return struct.pack(">I", len(body) + 1) + b"\x01" + body
+
+
+FRAMES: dict[str, tuple[bytes | Make, Reason]] = {
     "oversized frame": (struct.pack(">I", MAX_FRAME_BYTES + 1) + b"x" * 100, Reason.OVERSIZED),
     "length of four gigabytes": (b"\xff\xff\xff\xff", Reason.OVERSIZED),
     "random bytes": (b"\x00\x00\x00\x40\x01" + bytes(range(63)), Reason.MALFORMED),
@@ -122,10 +168,30 @@ FRAMES = {
     "deep nesting": (struct.pack(">I", 60_001) + b"\x01" + b"\x91" * 60_000, Reason.MALFORMED),
     "another wire version": (struct.pack(">I", 5) + b"\x63\x91\xa3bye", Reason.VERSION),
     "a message before the greeting": (encode(Heartbeat(1, True)), Reason.GREETING),
-    "two greetings": (encode(hello()) * 2, Reason.GREETING),
-    "another network": (encode(hello(network="elsewhere")), Reason.NETWORK),
-    "another task": (encode(hello(task="cats")), Reason.TASK),
-    "another schema": (encode(hello(schema=SchemaHash(b"s" * 32))), Reason.SCHEMA),
+    "two greetings": (lambda key: encode(hello(key)) * 2, Reason.GREETING),
+    "another network": (lambda key: encode(hello(key, network="elsewhere")), Reason.NETWORK),
+    "another task": (lambda key: encode(hello(key, task="cats")), Reason.TASK),
+    "another schema": (lambda key: encode(hello(key, schema=SchemaHash(b"s" * 32))), Reason.SCHEMA),
+    "a stolen record": (lambda key: encode(hello(STRANGER)), Reason.FORGED),
+    "a record that it signed for another": (
+        lambda key: greeted(key, Peers((said_by(key, peer_id_of(STRANGER)),))),
+        Reason.FORGED,
+    ),
+    "a forged leave": (
+        lambda key: greeted(
+            key, Shuffle((said_by(key, peer_id_of(STRANGER), incarnation=2**40, left=True),))
+        ),
+        Reason.FORGED,
+    ),
+    "a record without a signature": (
+        lambda key: greeted(key, Peers((PeerRecord(peer_id_of(STRANGER), ()),))),
+        Reason.FORGED,
+    ),
+    "a round of 2**60": (lambda key: greeted(key) + frame("beat", 2**60, True), Reason.MALFORMED),
+    "an incarnation of 2**60": (
+        lambda key: greeted(key) + frame("suspects", [[peer_id_of(STRANGER), 2**60]]),
+        Reason.MALFORMED,
+    ),
 }
 
 
@@ -133,15 +199,50 @@ FRAMES = {
 async def test_bad_bytes_on_a_link_are_refused_with_the_reason(victim: LocalNode, name: str) -> None:
     data, reason = FRAMES[name]
     before = refused(victim)
-    heard = await attack_link(victim, data)
+    heard = await attack_link(victim, (lambda key: data) if isinstance(data, bytes) else data)
     await wait_refused(victim, reason, before)
     refusals = [message for message in heard if isinstance(message, Refuse)]
     assert [refusal.reason for refusal in refusals] == [reason]
     assert refusals[0].detail
 
 
+async def test_what_another_signs_in_the_daemon_s_name_is_refused_and_changes_nothing(
+    victim: LocalNode,
+) -> None:
+    before = refused(victim)
+    for claim in ({"incarnation": 2**48}, {"incarnation": 1, "left": True}):
+        heard = await attack_link(
+            victim, lambda key, c=claim: greeted(key, Peers((said_by(key, victim.peer, **c),)))
+        )
+        assert [message.reason for message in heard if isinstance(message, Refuse)] == [Reason.FORGED]
+    await wait_refused(victim, Reason.FORGED, {**before, "forged": before.get("forged", 0) + 1})
+    (now,) = {
+        m.record
+        for m in await attack_link(victim, lambda key: encode(hello(key)) * 2)
+        if isinstance(m, Hello)
+    }
+    assert not now.left
+    assert now.incarnation < 2**40, "seconds since 1970"
+
+
+async def test_a_view_full_of_invented_peers_is_bounded(victim: LocalNode) -> None:
+    """All of them well signed, by keys made for it; the last frame ends the link."""
+
+    def invented(key: Ed25519PrivateKey) -> bytes:
+        told = [Peers(tuple(records[at : at + 16])) for at in range(0, len(records), 16)]
+        return greeted(key, *told) + encode(hello(key))
+
+    records = [said_by(Ed25519PrivateKey.generate()) for _ in range(400)]
+    before = refused(victim)
+    await attack_link(victim, invented)
+    await wait_refused(victim, Reason.GREETING, before)
+    known = await asyncio.to_thread(call, victim.home, "/peers")
+    assert len(known) <= 64 + 40, "a quarter of 256, and those who came themselves"
+    assert victim.running
+
+
 async def test_a_refusal_for_another_network_names_both_networks(victim: LocalNode) -> None:
-    heard = await attack_link(victim, encode(hello(network="elsewhere")))
+    heard = await attack_link(victim, lambda key: encode(hello(key, network="elsewhere")))
     (refusal,) = [message for message in heard if isinstance(message, Refuse)]
     assert "elsewhere" in refusal.detail
     assert "hostile" in refusal.detail
@@ -149,7 +250,7 @@ async def test_a_refusal_for_another_network_names_both_networks(victim: LocalNo
 
 async def test_a_truncated_frame_is_refused(victim: LocalNode) -> None:
     before = refused(victim)
-    await attack_link(victim, encode(hello())[:20], close=True)
+    await attack_link(victim, lambda key: encode(hello(key))[:20], close=True)
     await wait_refused(victim, Reason.TRUNCATED, before)
 
 
@@ -187,16 +288,15 @@ class Liar:
         self.store = BlobStore(folder, lambda path: None)
         self.heard: list[NetworkEvent] = []
         self._changed = asyncio.Event()
-        self.network = Libp2pNetwork(
-            Ed25519PrivateKey.generate(), ["/ip4/127.0.0.1/tcp/0"], self.store, self._hear
-        )
+        self.key = Ed25519PrivateKey.generate()
+        self.network = Libp2pNetwork(self.key, ["/ip4/127.0.0.1/tcp/0"], self.store, self._hear)
 
     def _hear(self, event: NetworkEvent) -> None:
         self.heard.append(event)
         self._changed.set()
         match event:
             case LinkUp(peer):
-                self.network.send(peer, hello())
+                self.network.send(peer, hello(self.key))
             case _:
                 pass
 
@@ -303,8 +403,10 @@ async def test_a_flood_of_frames_and_links_leaves_the_memory_bounded_and_the_nod
     status = victim.status()
     assert status is not None
 
+    key = Ed25519PrivateKey.generate()
+
     async def script(stream: Any) -> None:
-        await stream.write(encode(hello()))
+        await stream.write(encode(hello(key)))
         burst = encode(Heartbeat(1, True)) * 2000
         for _ in range(20):
             await stream.write(burst)
@@ -312,7 +414,7 @@ async def test_a_flood_of_frames_and_links_leaves_the_memory_bounded_and_the_nod
         await read_to_end(stream)
 
     for _ in range(5):
-        await asyncio.to_thread(raw_attack, victim.address(), LINK, script)
+        await asyncio.to_thread(raw_attack, victim.address(), LINK, script, key)
     growth = process.memory_info().rss - before_bytes
     assert growth < 64 * 2**20, f"the daemon grew by {growth / 2**20:.0f} MiB"
     await asyncio.to_thread(victim.wait_for, lambda s: s["round"] >= status["round"] + 3, "more rounds")

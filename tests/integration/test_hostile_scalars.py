@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from msgspec.structs import replace
 
 from node.cluster import Cluster, LocalNode, local_settings
 from node.libp2p_network import LINK
@@ -15,7 +16,7 @@ from protocols.messages import Hello, Message, Refuse, Scalars, Terms
 from protocols.scalar_log import signed_bytes
 from protocols.scalar_terms import terms_digest
 from protocols.vocabulary import Reason, ScalarRecord
-from tests.integration.test_hostile import raw_attack, read_to_end
+from tests.integration.test_hostile import raw_attack, read_to_end, said_by
 
 pytestmark = [pytest.mark.daemons, pytest.mark.timeout(180)]
 
@@ -46,7 +47,8 @@ class Attack:
 
     def __init__(self, victim: LocalNode) -> None:
         self._victim = victim
-        self.signatures = Ed25519Signatures(Ed25519PrivateKey.generate())
+        self._key = Ed25519PrivateKey.generate()
+        self.signatures = Ed25519Signatures(self._key)
         self.terms = b""
 
     def record(self, round_: int, codes: bytes = b"\x7f\xff", **changes: Any) -> ScalarRecord:
@@ -60,7 +62,7 @@ class Attack:
 
         async def script(stream: Any) -> None:
             decoder = link_decoder()
-            await stream.write(encode(hello))
+            await stream.write(encode(replace(hello, record=said_by(self._key))))
             while not any(isinstance(message, Terms) for message in heard):
                 heard.extend(decoder.feed(await stream.read(65536)))
             (terms,) = [message for message in heard if isinstance(message, Terms)]
@@ -70,7 +72,7 @@ class Attack:
             await stream.write(encode(terms) + b"".join(map(encode, make())))
             heard.extend(await read_to_end(stream))
 
-        raw_attack(self._victim.address(), LINK, script)
+        raw_attack(self._victim.address(), LINK, script, self._key)
         return heard
 
 
@@ -139,7 +141,7 @@ def first_round(node: LocalNode) -> int:
 
 
 def _hello_of(node: LocalNode) -> Hello:
-    """What the victim says of itself: a peer can always repeat it."""
+    """What the victim says of itself: a peer can repeat all but its record."""
     heard: list[Message] = []
 
     async def script(stream: Any) -> None:
@@ -149,4 +151,4 @@ def _hello_of(node: LocalNode) -> Hello:
 
     raw_attack(node.address(), LINK, script)
     (hello,) = [message for message in heard if isinstance(message, Hello)]
-    return Hello(hello.version, hello.network, hello.learning, hello.task, hello.schema, ())
+    return hello

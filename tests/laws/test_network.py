@@ -15,7 +15,7 @@ from node.ports import Network, NetworkEvent
 from node.store import BlobStore
 from protocols.blob import hash_blob
 from protocols.errors import PeerError
-from protocols.events import DialFailed, Fetched, FetchFailed, LinkDown, LinkUp, Received
+from protocols.events import DialFailed, Fetched, FetchFailed, LinkDown, LinkUp, Received, Rejected
 from protocols.messages import Bye, Heartbeat, Refuse
 from protocols.vocabulary import CHUNK_BYTES, Digest, ModelRef, PeerId, Reason
 from sim.clock import VirtualClock
@@ -349,3 +349,98 @@ async def test_a_fetch_without_a_link_fails(world: World) -> None:
     a.network.fetch(2, b.peer, b.serve(b"data"))
     await world.until(lambda: bool(of(FetchFailed, a)))
     assert [(e.token, e.reason) for e in of(FetchFailed, a)] == [(2, Reason.LINK)]
+
+
+# --- a fetch from several peers ---------------------------------------------------------------------------
+async def holders(world: World, count: int, data: bytes) -> tuple[Node, list[Node], ModelRef]:
+    """A node that is linked to others, each of which holds the same model."""
+    a, *others = [await world.node() for _ in range(count + 1)]
+    for other in others:
+        a.network.dial(other.address)
+        ref = other.serve(data)
+    await world.until(lambda: len(of(LinkUp, a)) == count and all(of(LinkUp, other) for other in others))
+    return a, others, ref
+
+
+def peers(nodes: list[Node]) -> tuple[PeerId, ...]:
+    return tuple(node.peer for node in nodes)
+
+
+def answers(node: Node) -> list[Any]:
+    return [event for event in node.heard if isinstance(event, Fetched | FetchFailed | Rejected)]
+
+
+@pytest.mark.parametrize("size", [1, CHUNK_BYTES + 1, 7 * CHUNK_BYTES + 5])
+async def test_a_fetch_from_several_brings_the_exact_bytes_and_one_answer(world: World, size: int) -> None:
+    data = random.Random(size).randbytes(size)
+    a, others, ref = await holders(world, 3, data)
+    first, *rest = peers(others)
+    a.network.fetch(1, first, ref, rest)
+    await world.until(lambda: bool(answers(a)))
+    await world.settle()
+    assert answers(a) == [Fetched(1)]
+    assert a.held(ref) == data
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+async def test_it_goes_on_without_one_that_does_not_hold_the_model(world: World, place: int) -> None:
+    data = random.Random(1).randbytes(5 * CHUNK_BYTES)
+    a, others, ref = await holders(world, 2, data)
+    empty = await world.node()
+    a.network.dial(empty.address)
+    await world.until(lambda: len(of(LinkUp, a)) == 3)
+    others.insert(place, empty)
+    first, *rest = peers(others)
+    a.network.fetch(1, first, ref, rest)
+    await world.until(lambda: bool(answers(a)))
+    assert answers(a) == [Fetched(1)]
+    assert a.held(ref) == data
+
+
+@pytest.mark.parametrize("place", [0, 1])
+async def test_it_goes_on_without_one_that_is_not_linked(world: World, place: int) -> None:
+    a, others, ref = await holders(world, 1, b"data")
+    others.insert(place, await world.node())
+    first, *rest = peers(others)
+    a.network.fetch(1, first, ref, rest)
+    await world.until(lambda: bool(answers(a)))
+    assert answers(a) == [Fetched(1)]
+    assert a.held(ref) == b"data"
+
+
+async def test_it_goes_on_without_one_that_leaves(world: World) -> None:
+    data = random.Random(2).randbytes(20 * CHUNK_BYTES)
+    a, others, ref = await holders(world, 3, data)
+    first, *rest = peers(others)
+    a.network.fetch(1, first, ref, rest)
+    a.network.disconnect(rest[0], Reason.LEAVING)
+    await world.until(lambda: bool(answers(a)))
+    assert answers(a) == [Fetched(1)]
+    assert a.held(ref) == data
+
+
+async def test_it_fails_once_when_none_holds_the_model(world: World) -> None:
+    a, others, _ = await holders(world, 3, b"something else")
+    digest, _ = hash_blob(b"never seen")
+    first, *rest = peers(others)
+    a.network.fetch(1, first, ModelRef(digest, 10, 1, 1), rest)
+    await world.until(lambda: bool(answers(a)))
+    await world.settle()
+    assert [(e.token, e.reason) for e in answers(a)] == [(1, Reason.GONE)]
+
+
+async def test_it_fails_once_when_none_is_linked(world: World) -> None:
+    a, b, c = [await world.node() for _ in range(3)]
+    a.network.fetch(1, b.peer, b.serve(b"data"), (c.peer,))
+    await world.until(lambda: bool(answers(a)))
+    assert [(e.token, e.reason) for e in answers(a)] == [(1, Reason.LINK)]
+
+
+async def test_what_the_gate_refuses_is_refused_once_from_however_many(world: World) -> None:
+    a, others, ref = await holders(world, 3, BAD + bytes(2 * CHUNK_BYTES))
+    first, *rest = peers(others)
+    a.network.fetch(1, first, ref, rest)
+    await world.until(lambda: bool(answers(a)))
+    await world.settle()
+    assert [(e.token, e.reason) for e in answers(a)] == [(1, Reason.WRONG_FORMAT)]
+    assert a.held(ref) is None

@@ -46,7 +46,7 @@ def refused(text: str, **environ: str) -> ConfigError:
             "netwrok = 1",
             "netwrok",
             "no such setting",
-            "api, exchange, learning, log, network, scalars, task, training",
+            "api, device, exchange, learning, log, network, scalars, task, training",
         ),
         (
             "[log]\ncolour = true",
@@ -78,6 +78,11 @@ def refused(text: str, **environ: str) -> ConfigError:
         ("[training]\nlearning_rate = 0", "training.learning_rate", "expected `float` > 0.0", ""),
         ("[training]\nlearning_rate = nan", "training.learning_rate", "expected `float` > 0.0", ""),
         ("[learning]\nquorum = 1.5", "learning.quorum", "expected `float` <= 1.0", ""),
+        ("[device]\nonly_idle = true", "device.only_idle", "no such setting", "others_busy_at_most"),
+        ("[device]\nnice = -1", "device.nice", "expected `int` >= 0", ""),
+        ("[device]\nskip = 1.0", "device.skip", "expected `float` <= 0.99", ""),
+        ("[device]\nhours = '22-7'", "device", "hours '22-7' are not written as 22:00-07:00", ""),
+        ("[device]\nupload_bytes_per_s = 10", "device", "upload_bytes_per_s 10 is below", ""),
         ("[api]\nport = 70000", "api.port", "expected `int` <= 65535", ""),
         ("[log]\nlevel = 'loud'", "log.level", "'loud' is not one", "debug, info, warning, error"),
         ("[learning]\nprotocol = 'fed'", "learning.protocol", "'fed' is not one", "gossip, scalars, none"),
@@ -304,7 +309,7 @@ def test_any_text_is_a_toml_value(text: str) -> None:
 def test_a_written_config_shows_every_default() -> None:
     shown = tomllib.loads(to_toml(Config()))
     assert set(shown) == set(Config.__struct_fields__)
-    assert set(shown["network"]) == set(Config().network.__struct_fields__)
+    assert set(shown["network"]) == set(Config().network.__struct_fields__) - {"manifest", "psk"}
     assert msgspec.convert(shown["training"], TrainingConfig) == Config().training
     assert set(shown["training"]) == set(TrainingConfig.__struct_fields__)
 

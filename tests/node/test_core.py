@@ -17,6 +17,7 @@ from protocols.events import (
     Dial,
     DialFailed,
     Disconnect,
+    Discovered,
     Effect,
     Emit,
     Evaluate,
@@ -48,7 +49,6 @@ from protocols.events import (
 from protocols.exchange import ExchangeSettings
 from protocols.gossip import GossipSettings
 from protocols.messages import (
-    AskPeers,
     Bye,
     Decline,
     Heartbeat,
@@ -56,10 +56,18 @@ from protocols.messages import (
     LinkMessage,
     Offer,
     Peers,
+    Ping,
+    Pong,
+    Probe,
+    Probed,
     Refuse,
+    Shuffle,
+    Suspects,
+    Suspicion,
 )
 from protocols.view import NO_LEARNING, ViewSettings
-from protocols.vocabulary import MAX_ROUND, ModelRef, PeerId, PeerRecord, Reason, SchemaHash
+from protocols.vocabulary import MAX_INCARNATION, MAX_ROUND, ModelRef, PeerId, Reason, SchemaHash
+from tests.protocols.identities import FakeSignatures, hello_of, signed_record
 
 SCHEMA = SchemaHash(bytes(32))
 
@@ -80,6 +88,10 @@ def address(peer: str) -> str:
     return f"/memory/{peer}/p2p/{peer}"
 
 
+def make_core(core: CoreSettings, me: str = "me", seed: int = 0) -> NodeCore:
+    return NodeCore(core, PeerId(me), random.Random(seed), FakeSignatures(me))
+
+
 class Cluster:
     """Cores and a heap of (time, number, node, event). No loss, a little latency, work that takes a while."""
 
@@ -93,7 +105,9 @@ class Cluster:
         self.cores: dict[PeerId, NodeCore] = {}
         for number in range(num):
             peer = PeerId(f"n{number}")
-            self.cores[peer] = NodeCore(settings_of(**gossip), peer, random.Random(f"{seed} {peer}"))
+            self.cores[peer] = NodeCore(
+                settings_of(**gossip), peer, random.Random(f"{seed} {peer}"), FakeSignatures(peer)
+            )
             self.held[peer] = set()
             self.push(0, peer, Started((address(peer),), (), self.make(peer, peer, 0)))
 
@@ -205,9 +219,13 @@ def test_a_node_that_stops_says_goodbye_keeps_and_halts() -> None:
     me = PeerId("n1")
     out = cluster.cores[me].step(cluster.now, StopRequested())
     kinds = Counter(type(effect) for effect in out)
-    assert kinds == {Send: 2, Disconnect: 2, Keep: 1, Halt: 1}
+    assert kinds == {Send: 4, Disconnect: 2, Keep: 1, Halt: 1}
     assert isinstance(out[-1], Halt)
-    assert all(effect.message == Bye() for effect in out if isinstance(effect, Send))
+    leave = cluster.cores[me].view.record
+    assert leave.left
+    for peer in (PeerId("n0"), PeerId("n2")):
+        said = [effect.message for effect in out if isinstance(effect, Send) and effect.peer == peer]
+        assert said == [Peers((leave,)), Bye()]
 
 
 def test_the_others_go_on_when_one_falls_silent() -> None:
@@ -218,22 +236,23 @@ def test_the_others_go_on_when_one_falls_silent() -> None:
         cluster.cut(peer, gone, Reason.LINK)
     cluster.heap = [item for item in cluster.heap if item[2] != gone]
     heapq.heapify(cluster.heap)
-    cluster.cores[gone] = NodeCore(settings_of(), gone, random.Random(0))  # it never starts
+    cluster.cores[gone] = make_core(settings_of(), gone)  # it never starts
     cluster.run(until=400)
     assert all(core.round >= 30 for peer, core in cluster.cores.items() if peer != gone)
 
 
 # --- alone ----------------------------------------------------------------------------------------------
 def test_a_helper_greets_and_introduces_but_never_learns() -> None:
-    core = NodeCore(settings_of(learning=NO_LEARNING), PeerId("n0"), random.Random(0))
+    core = make_core(settings_of(learning=NO_LEARNING), "n0")
     core.step(0, Started((), (), None))
-    learner = Hello(1, "net", "gossip", "task", SCHEMA, (address("a"),))
-    for peer in (PeerId("a"), PeerId("b")):
+    learners = [hello_of(peer, address(peer)) for peer in "ab"]
+    for learner in learners:
+        peer = PeerId(learner.record.peer)
         core.step(0, LinkUp(peer, False, ""))
         out = core.step(0, Received(peer, learner))
         assert Send(peer, Heartbeat(0, False)) in out
-    (answer,) = core.step(0, Received(PeerId("b"), AskPeers()))
-    assert answer == Send(PeerId("b"), Peers((PeerRecord("a", (address("a"),)),)))
+    (answer,) = core.step(0, Received(PeerId("b"), Shuffle(())))
+    assert answer == Send(PeerId("b"), Peers((learners[0].record,)))
     ref = ModelRef(bytes(32), 10, 0, 1)
     decline = Send(PeerId("a"), Decline(ref.digest, Reason.IDLE))
     assert core.step(0, Received(PeerId("a"), Offer(ref))) == [decline]
@@ -243,14 +262,14 @@ def test_a_helper_greets_and_introduces_but_never_learns() -> None:
 
 def test_an_unknown_learning_protocol_is_no_core() -> None:
     with pytest.raises(KeyError):
-        NodeCore(settings_of(learning="federated"), PeerId("n0"), random.Random(0))
+        make_core(settings_of(learning="federated"), "n0")
 
 
 def test_one_event_travels_through_all_machines_in_one_step() -> None:
-    core = NodeCore(settings_of(wait_for_peers=1), PeerId("me"), random.Random(0))
+    core = make_core(settings_of(wait_for_peers=1))
     core.step(0, Started((), (), ModelRef(bytes(32), 10, 0, 1)))
     core.step(0, LinkUp(PeerId("a"), False, ""))
-    out = core.step(0, Received(PeerId("a"), Hello(1, "net", "gossip", "task", SCHEMA, ())))
+    out = core.step(0, Received(PeerId("a"), hello_of("a")))
     assert [effect for effect in out if isinstance(effect, Train)], "greeted, so in company, so it begins"
 
 
@@ -267,7 +286,16 @@ refs = st.builds(
 )
 reasons = st.sampled_from(Reason)
 where = st.sampled_from([address("a"), address("c"), address("n0"), "junk", "/p2p/", ""])
-known = st.builds(PeerRecord, peers, st.lists(where, max_size=3).map(tuple))
+incarnations = st.sampled_from([0, 1, 2, MAX_INCARNATION])
+known = st.builds(
+    lambda peer, addresses, signer, **fields: signed_record(peer, *addresses, signer=signer, **fields),
+    peers | st.just(PeerId("me")),
+    st.lists(where, max_size=3),
+    st.just("") | peers,
+    incarnation=incarnations,
+    left=st.booleans(),
+    round=rounds,
+)
 hellos = st.builds(
     Hello,
     st.sampled_from([1, 1, 1, 2]),
@@ -275,15 +303,25 @@ hellos = st.builds(
     st.sampled_from(["gossip", "gossip", NO_LEARNING]),
     st.just("task"),
     st.just(SCHEMA),
-    st.lists(where, max_size=2).map(tuple),
+    known,
+    st.booleans(),
+    st.none(),
 )
 messages: st.SearchStrategy[LinkMessage] = st.one_of(
     hellos,
     hellos,
     st.builds(Refuse, reasons, st.just("why")),
     st.builds(Heartbeat, rounds, st.booleans()),
-    st.builds(AskPeers),
+    st.builds(Shuffle, st.lists(known, max_size=3).map(tuple)),
     st.builds(Peers, st.lists(known, max_size=3).map(tuple)),
+    st.builds(Ping, tokens),
+    st.builds(Pong, tokens, rounds),
+    st.builds(Probe, tokens, peers),
+    st.builds(Probed, tokens, st.booleans()),
+    st.builds(
+        Suspects,
+        st.lists(st.builds(Suspicion, peers | st.just(PeerId("me")), incarnations), max_size=3).map(tuple),
+    ),
     st.builds(Offer, refs),
     st.builds(Offer, refs),
     st.builds(Decline, st.just(bytes(32)), reasons),
@@ -301,6 +339,7 @@ events: st.SearchStrategy[Event] = st.one_of(
     st.builds(LinkUp, peers, st.booleans(), where),
     st.builds(LinkDown, peers, reasons),
     st.builds(DialFailed, where, reasons),
+    st.builds(Discovered, st.lists(where, max_size=3).map(tuple)),
     st.builds(Received, peers, messages),
     st.builds(Received, peers, messages),
     st.builds(Received, peers, messages),
@@ -319,7 +358,7 @@ events: st.SearchStrategy[Event] = st.one_of(
 @settings(derandomize=True, deadline=None, max_examples=300)
 @given(st.lists(events, max_size=60), st.sampled_from(["gossip", NO_LEARNING]), st.integers(0, 2))
 def test_no_sequence_of_events_breaks_a_core(script: list[Event], learning: str, company: int) -> None:
-    core = NodeCore(settings_of(learning, wait_for_peers=company), PeerId("me"), random.Random(0))
+    core = make_core(settings_of(learning, wait_for_peers=company))
     for number, event in enumerate(script):
         for effect in core.step(float(number), event):
             if isinstance(effect, Send):
@@ -332,17 +371,16 @@ def test_no_sequence_of_events_breaks_a_core(script: list[Event], learning: str,
 def test_a_core_survives_its_own_answers_mixed_with_garbage(seed: int) -> None:
     """Long and likely: most answers are the right ones, so that every phase is passed through."""
     rng = random.Random(seed)
-    core = NodeCore(settings_of(rounds=0, pause_s=0), PeerId("me"), random.Random(seed))
+    core = make_core(settings_of(rounds=0, pause_s=0), seed=seed)
     due: list[Event] = [Started((), (), ModelRef(bytes(32), 10, 0, 1))]
     noise: list[Event] = []
-    hello = Hello(1, "net", "gossip", "task", SCHEMA, ())
     done = 0
     for number in range(5_000):
         peer = PeerId(rng.choice("abc"))
         ref = ModelRef(rng.randbytes(32), rng.choice([10, 5_000]), rng.randrange(1_000), 1)
         noise += rng.choice(
             [
-                [LinkUp(peer, False, ""), Received(peer, hello)],
+                [LinkUp(peer, False, ""), Received(peer, hello_of(peer))],
                 [Received(peer, Offer(ref))],
                 [Received(peer, Heartbeat(number, rng.random() < 0.9))],
                 [LinkDown(peer, rng.choice(list(Reason)))] if rng.random() < 0.3 else [],

@@ -22,7 +22,7 @@ from node.weights import schema_hash, schema_of
 from protocols.errors import LocalError
 from protocols.events import LinkUp
 from protocols.messages import Hello, LinkMessage, Refuse
-from protocols.vocabulary import PROTOCOL_VERSION, Reason, SchemaHash
+from protocols.vocabulary import PROTOCOL_VERSION, PeerRecord, Reason, SchemaHash
 
 STRANGER = "12D3KooWGC6TvWhfapngX6wvJHMYvKpDMXPb3ZnCZ6dMoaMtimQ5"
 
@@ -208,7 +208,9 @@ def hello(
     task: str = "digits",
     schema: Callable[[], SchemaHash] = digits_schema,
 ) -> Hello:
-    return Hello(version, network, learning, task, schema(), ())
+    # Of a peer that nobody asks for a signature.
+    record = PeerRecord(STRANGER, ())
+    return Hello(version, network, learning, task, schema(), record, False, None)
 
 
 async def examined(tmp_path: Path, address: str) -> Finding:

@@ -6,10 +6,13 @@ import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
+import msgspec
 import pytest
 
+from node import driver as driver_module
 from node.compute import WorkOrder, WorkResult
 from node.driver import Driver
+from node.manners import Conditions, DeviceSettings, Manners
 from protocols.errors import LocalError
 from protocols.events import (
     Aggregate,
@@ -49,7 +52,7 @@ from protocols.events import (
     Trained,
     WorkFailed,
 )
-from protocols.messages import Bye, Heartbeat
+from protocols.messages import Bye, Heartbeat, Offer
 from protocols.vocabulary import (
     SIGNATURE_BYTES,
     STATE_ID_BYTES,
@@ -61,10 +64,20 @@ from protocols.vocabulary import (
     ScalarRecord,
 )
 
-A = PeerId("a")
+A, B = PeerId("a"), PeerId("b")
 REF = ModelRef(b"r" * 32, 100, 3, 10)
 WALL = 1_700_000_000.0
 BEGIN = Started((), (), None)
+
+
+class ScriptedView:
+    """Greets with these beats."""
+
+    def __init__(self) -> None:
+        self.beats: list[Send] = []
+
+    def heartbeat(self) -> list[Send]:
+        return self.beats
 
 
 class ScriptedCore:
@@ -74,6 +87,7 @@ class ScriptedCore:
         self.script: dict[Event, Sequence[Effect]] = {}
         self.heard: list[tuple[float, Event]] = []
         self.changed = asyncio.Event()
+        self.view = ScriptedView()
 
     def step(self, now: float, event: Event) -> list[Effect]:
         self.heard.append((now, event))
@@ -118,8 +132,14 @@ class FakeClock:
 class Shell:
     """A driver between a scripted core and recorders."""
 
-    def __init__(self, perform: Callable[[WorkOrder], WorkResult]) -> None:
+    def __init__(
+        self, perform: Callable[[WorkOrder], WorkResult], settings: DeviceSettings | None = None
+    ) -> None:
         self.core, self.clock = ScriptedCore(), FakeClock()
+        self.conditions, self.month_bytes = Conditions(), 0
+        self.manners = Manners(
+            settings or DeviceSettings(), self.clock, lambda: self.conditions, lambda: self.month_bytes
+        )
         self.network, self.store, self.history, self.telemetry, self.scalars = (Recorder() for _ in range(5))
         self.driver = Driver(
             self.core,  # type: ignore[arg-type]
@@ -130,6 +150,7 @@ class Shell:
             self.telemetry,  # type: ignore[arg-type]
             perform,
             self.scalars,  # type: ignore[arg-type]
+            self.manners,
         )
         self.driver.attach(self.network)  # type: ignore[arg-type]
 
@@ -189,7 +210,7 @@ PEER = PeerRecord(A, ("/ip4/1.1.1.1/tcp/1/p2p/a",))
         ),
         (Dial("/ip4/1.1.1.1/tcp/1/p2p/a"), {"network": [("dial", "/ip4/1.1.1.1/tcp/1/p2p/a")]}),
         (Disconnect(A, Reason.TASK), {"network": [("disconnect", A, Reason.TASK)]}),
-        (Fetch(7, A, REF), {"network": [("fetch", 7, A, REF)]}),
+        (Fetch(7, A, REF, (B,)), {"network": [("fetch", 7, A, REF, (B,))]}),
         (Keep(REF), {"store": [("keep", REF)]}),
         (Forget(REF), {"store": [("forget", REF.digest)]}),
         (Emit(LearningDone(9)), {"telemetry": [("record", LearningDone(9), WALL)]}),
@@ -427,7 +448,7 @@ async def test_a_fetch_waits_until_an_earlier_forget_of_the_same_model_is_done(s
     shell.driver._disk.submit(lambda: None).result(timeout=10)
     await turn()
     assert shell.store.calls == [("forget", REF.digest)]
-    assert shell.network.calls == [("fetch", 7, A, REF)]
+    assert shell.network.calls == [("fetch", 7, A, REF, ())]
 
 
 async def test_a_step_that_breaks_in_the_middle_halts_the_node_with_the_reason(shell: Shell) -> None:
@@ -438,3 +459,109 @@ async def test_a_step_that_breaks_in_the_middle_halts_the_node_with_the_reason(s
     shell.perform(Send(A, Bye()))
     assert shell.driver.halted.is_set()
     assert isinstance(shell.driver.failure, RuntimeError | TypeError)
+
+
+# --- manners --------------------------------------------------------------------------------------------
+@pytest.fixture
+async def guest() -> AsyncIterator[Shell]:
+    """A node that only works on AC power, and finds itself on its battery."""
+    shell = Shell(answer, DeviceSettings(on_ac_power=True))
+    shell.conditions = Conditions(on_ac_power=False)
+    yield shell
+    shell.driver.close()
+
+
+async def test_what_begins_a_round_is_held_while_a_reason_stands_and_what_ends_one_is_not(
+    guest: Shell,
+) -> None:
+    replay = Replay(3, REF, (), b"n" * 32, save=False)
+    guest.perform(Train(1, REF, 3), Aggregate(2, REF, ()), replay)
+    await guest.core.until(lambda: len(guest.core.heard) == 3)
+    assert guest.core.events[1:] == [Aggregated(2, REF), Replayed(3, REF)]
+    assert guest.driver.waiting == "on battery power"
+    guest.conditions = Conditions()
+    guest.driver._look()
+    await guest.core.until(lambda: len(guest.core.heard) == 4)
+    assert guest.core.events[3:] == [Trained(1, REF)]
+    assert guest.driver.waiting is None
+
+
+async def test_a_node_that_waits_looks_again_by_itself(guest: Shell) -> None:
+    looks = 0
+
+    def read() -> Conditions:
+        nonlocal looks
+        looks += 1
+        return Conditions(on_ac_power=looks > 4)
+
+    guest.manners._read = read
+    guest.manners.next_look_s = lambda: 0.001  # type: ignore[method-assign]
+    guest.perform(Estimate(1, REF, 3, 2))
+    await guest.core.until(lambda: Estimated(1, bytes(2)) in guest.core.events)
+
+
+async def test_each_change_is_told_once(guest: Shell) -> None:
+    guest.perform(Train(1, REF, 3))
+    guest.driver._look()
+    guest.conditions = Conditions()
+    guest.driver._look()
+    guest.driver._look()
+    await guest.core.until(lambda: Trained(1, REF) in guest.core.events)
+    assert guest.telemetry.calls == [
+        ("info", "waiting", "on battery power"),
+        ("info", "working again", "on battery power"),
+    ]
+
+
+async def test_messages_go_on_and_say_that_nobody_need_wait(guest: Shell) -> None:
+    """At once when it begins to stand still, at once when it goes on, and with every beat in between."""
+    beat = Heartbeat(3, True)
+    still = msgspec.structs.replace(beat, active=False)
+    guest.core.view.beats = [Send(B, beat)]
+    guest.perform(Send(A, beat), Train(1, REF, 3), Send(A, beat), Send(A, Offer(REF)))
+    guest.driver._look()
+    assert guest.network.calls == [
+        ("send", A, beat),
+        ("send", B, still),
+        ("send", A, still),
+        ("send", A, Offer(REF)),
+    ]
+    guest.conditions = Conditions()
+    guest.driver._look()
+    assert guest.network.calls[4:] == [("send", B, beat)]
+
+
+async def test_a_node_that_stops_while_it_waits_looks_no_more(guest: Shell) -> None:
+    guest.perform(Train(1, REF, 3), Halt())
+    guest.conditions = Conditions()
+    guest.driver._look_on_time()
+    await turn()
+    assert guest.core.events == [BEGIN]
+    assert guest.driver.failure is None
+
+
+async def test_a_machine_that_cannot_be_read_halts_the_node_with_the_reason(guest: Shell) -> None:
+    def broken() -> Conditions:
+        raise OSError("no such sensor")
+
+    guest.manners._read = broken
+    guest.driver._look_on_time()
+    assert guest.driver.halted.is_set()
+    assert str(guest.driver.failure) == "no such sensor"
+
+
+async def test_a_model_that_the_month_has_no_bytes_for_is_neither_offered_nor_fetched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(driver_module, "REFUSE_AFTER_S", 0.0)
+    shell = Shell(answer, DeviceSettings(month_bytes=1000))
+    shell.month_bytes = 900
+    large = msgspec.structs.replace(REF, size_bytes=100)
+    small = msgspec.structs.replace(REF, size_bytes=49)
+    shell.perform(
+        Send(A, Offer(large)), Send(A, Offer(small)), Fetch(1, A, large), Fetch(2, A, small), Send(A, Bye())
+    )
+    await shell.core.until(lambda: len(shell.core.heard) == 2)
+    assert shell.core.events[1] == FetchFailed(1, Reason.GONE, "this node has spent its bytes of the month")
+    assert shell.network.calls == [("send", A, Offer(small)), ("send", A, Bye()), ("fetch", 2, A, small, ())]
+    shell.driver.close()

@@ -26,6 +26,7 @@ from node.store import (
 from protocols.blob import chunks_of, hash_blob
 from protocols.errors import LocalError, PeerError
 from protocols.events import RoundDone
+from protocols.messages import FetchHeader
 from protocols.vocabulary import CHUNK_BYTES, ModelRef, PeerId, PeerRecord, Reason
 
 LARGE = random.Random(1).randbytes(2 * CHUNK_BYTES + 5)
@@ -44,12 +45,12 @@ def ref_of(data: bytes, round_: int = 1) -> ModelRef:
     return ModelRef(digest, len(data), round_, 10)
 
 
-def write_chunks(incoming: Incoming, data: bytes, first: int = 0, last: int = 99) -> tuple[bytes, ...]:
-    """Chunks `first` to `last - 1` of `data`, as a fetch brings them; the hashes of all."""
+def write_chunks(incoming: Incoming, data: bytes, first: int = 0, last: int = 99) -> None:
+    """Chunks `first` to `last - 1` of `data`, as a fetch brings them."""
     _, hashes = hash_blob(data)
-    for chunk, expected in list(zip(chunks_of(data), hashes, strict=True))[first:last]:
-        incoming.write(bytes(chunk), expected)
-    return hashes
+    incoming.prove(FetchHeader(len(data), hashes))
+    for index, chunk in list(enumerate(chunks_of(data)))[first:last]:
+        incoming.write(index, bytes(chunk))
 
 
 def names(folder: Path) -> set[str]:
@@ -91,28 +92,49 @@ def test_an_incoming_blob_goes_on_where_it_broke_off(tmp_path: Path) -> None:
     store, ref = make_store(tmp_path), ref_of(LARGE)
     write_chunks(store.incoming(ref), LARGE, last=2)
     again = store.incoming(ref)
-    assert (again.next_chunk, again.complete) == (2, False)
+    assert (again.missing, again.complete) == ([2], False)
     assert store.get(ref.digest) is None, "half a blob is not served"
-    hashes = write_chunks(again, LARGE, first=2)
+    write_chunks(again, LARGE, first=2)
     assert again.complete
-    store.admit(again, hashes)
+    store.admit(again)
     assert store.path(ref).read_bytes() == LARGE
     assert names(tmp_path / "models") == {f"{ref.digest.hex()}.safetensors"}
-    assert store.incoming(ref).next_chunk == 0, "nothing of it is under way any more"
+    assert not store.incoming(ref).held, "nothing of it is under way any more"
+
+
+def test_chunks_may_come_in_any_order_and_twice(tmp_path: Path) -> None:
+    store, ref = make_store(tmp_path), ref_of(LARGE)
+    incoming = store.incoming(ref)
+    for index in (2, 0, 2):
+        write_chunks(incoming, LARGE, first=index, last=index + 1)
+    assert (incoming.missing, incoming.complete) == ([1], False)
+    assert incoming.path.stat().st_size == len(LARGE)
+    write_chunks(incoming, LARGE, first=1, last=2)
+    store.admit(incoming)
+    assert store.path(ref).read_bytes() == LARGE
+
+
+def test_a_header_of_another_blob_proves_nothing(tmp_path: Path) -> None:
+    incoming = make_store(tmp_path).incoming(ref_of(LARGE))
+    for data, reason in ((LARGE[:-1], Reason.WRONG_SIZE), (b"x" * len(LARGE), Reason.WRONG_HASH)):
+        with pytest.raises(PeerError) as caught:
+            incoming.prove(FetchHeader(len(data), hash_blob(data)[1]))
+        assert caught.value.reason is reason
+    assert incoming.chunk_hashes == ()
 
 
 def test_a_bad_chunk_writes_nothing(tmp_path: Path) -> None:
     store, ref = make_store(tmp_path), ref_of(LARGE)
     incoming = store.incoming(ref)
-    _, hashes = hash_blob(LARGE)
+    incoming.prove(FetchHeader(len(LARGE), hash_blob(LARGE)[1]))
     with pytest.raises(PeerError) as caught:
-        incoming.write(b"\0" * CHUNK_BYTES, hashes[0])
+        incoming.write(0, b"\0" * CHUNK_BYTES)
     assert caught.value.reason is Reason.WRONG_HASH
-    assert (incoming.next_chunk, incoming.path.exists()) == (0, False)
+    assert (incoming.held, incoming.path.exists()) == (set(), False)
     write_chunks(incoming, LARGE, last=1)
     with pytest.raises(PeerError):
-        incoming.write(LARGE[:CHUNK_BYTES], hashes[1])
-    assert (incoming.next_chunk, incoming.path.stat().st_size) == (1, CHUNK_BYTES)
+        incoming.write(1, b"\0" * CHUNK_BYTES)
+    assert (incoming.held, incoming.path.stat().st_size) == ({0}, CHUNK_BYTES)
     write_chunks(incoming, LARGE, first=1)
     assert incoming.path.read_bytes() == LARGE
 
@@ -123,13 +145,13 @@ def test_what_the_gate_refuses_is_removed_and_may_be_sent_again(tmp_path: Path) 
 
     store, ref = make_store(tmp_path, refuse), ref_of(LARGE)
     incoming = store.incoming(ref)
-    hashes = write_chunks(incoming, LARGE)
+    write_chunks(incoming, LARGE)
     with pytest.raises(PeerError) as caught:
-        store.admit(incoming, hashes)
+        store.admit(incoming)
     assert caught.value.reason is Reason.NON_FINITE
     assert store.get(ref.digest) is None
     assert names(tmp_path / "models") == set()
-    assert store.incoming(ref).next_chunk == 0
+    assert not store.incoming(ref).held
 
 
 def test_the_gate_sees_the_whole_file_before_it_has_a_name(tmp_path: Path) -> None:
@@ -142,7 +164,8 @@ def test_the_gate_sees_the_whole_file_before_it_has_a_name(tmp_path: Path) -> No
 
     store = make_store(tmp_path, look)
     incoming = store.incoming(ref)
-    store.admit(incoming, write_chunks(incoming, LARGE))
+    write_chunks(incoming, LARGE)
+    store.admit(incoming)
     assert seen == [LARGE]
 
 
@@ -151,7 +174,7 @@ def test_a_half_blob_can_be_forgotten(tmp_path: Path) -> None:
     write_chunks(store.incoming(ref), LARGE, last=1)
     store.forget(ref.digest)
     assert store.size_bytes() == 0
-    assert store.incoming(ref).next_chunk == 0
+    assert not store.incoming(ref).held
 
 
 def test_a_lie_about_the_size_does_not_spoil_the_next_peers_try(tmp_path: Path) -> None:
@@ -161,7 +184,7 @@ def test_a_lie_about_the_size_does_not_spoil_the_next_peers_try(tmp_path: Path) 
     honest = store.incoming(ref)
     assert honest.ref == ref
     write_chunks(honest, LARGE, last=1)
-    assert store.incoming(lie) is honest, "the first chunk has proved the size"
+    assert store.incoming(lie) is honest, "a header has proved the size"
 
 
 def test_a_fetch_under_way_is_not_replaced(tmp_path: Path) -> None:

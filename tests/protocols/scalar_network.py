@@ -43,32 +43,13 @@ from protocols.scalar_terms import ScalarSettings
 from protocols.scalars import ScalarLearning
 from protocols.view import ViewSettings
 from protocols.vocabulary import Checkpoint, ModelRef, PeerId, Reason, ScalarRecord, SchemaHash
+from tests.protocols.identities import FakeSignatures
 
 BASE = hashlib.sha256(b"base").digest()
 BASE_REF = ModelRef(BASE, 1, 0, 1)
 
 State = tuple[object, ...]
 """Rounds as they were applied: (round, scale, decay, records by author and codes)."""
-
-
-class FakeSignatures:
-    """Whoever knows a name can sign with it; a changed byte is found all the same."""
-
-    def __init__(self, name: str) -> None:
-        self.author = hashlib.sha256(name.encode()).digest()
-
-    def sign(self, data: bytes) -> bytes:
-        return _signature(self.author, data)
-
-    def verify(self, author: bytes, data: bytes, signature: bytes) -> bool:
-        return signature == _signature(author, data)
-
-    def author_of(self, peer: PeerId) -> bytes:
-        return hashlib.sha256(peer.encode()).digest()
-
-
-def _signature(author: bytes, data: bytes) -> bytes:
-    return hashlib.sha512(author + data).digest()
 
 
 def address(peer: str) -> str:
@@ -205,7 +186,7 @@ class ScalarNetwork:
         checkpoint = node.disk_checkpoint
         after = checkpoint.round if checkpoint else 0
         records = tuple(record for record in node.disk_records if record.round > after)
-        started = Started((address(node.peer),), (), BASE_REF, checkpoint, records)
+        started = Started((address(node.peer),), (), BASE_REF, checkpoint, records, self.now + node.epoch)
         self.push(self.rng.uniform(0, 0.2), node.peer, started)
 
     def crash(self, node: Node, wiped: bool = False) -> None:

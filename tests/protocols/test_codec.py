@@ -6,11 +6,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from protocols.admission import MAX_EXPIRES_AT, Admission, Invitation
 from protocols.codec import FrameDecoder, encode, fetch_decoder, link_decoder
 from protocols.errors import PeerError
 from protocols.messages import (
-    AskPeers,
+    AggregatedModel,
     Bye,
+    Census,
+    Closed,
     Decline,
     FetchHeader,
     FetchMessage,
@@ -24,22 +27,34 @@ from protocols.messages import (
     Message,
     Offer,
     Peers,
+    Ping,
+    Pong,
+    Probe,
+    Probed,
     Pull,
     Ranges,
+    Receipt,
     Refuse,
     RoundRange,
     Scalars,
+    Shuffle,
+    Suspects,
+    Suspicion,
     Terms,
+    TrainedModel,
 )
 from protocols.vocabulary import (
+    CENSUS_BYTES,
     MAX_ADDRESSES,
     MAX_CHUNKS,
     MAX_FETCH_HEADER_BYTES,
     MAX_FRAME_BYTES,
     MAX_IDS_PER_MESSAGE,
+    MAX_INCARNATION,
     MAX_MODEL_BYTES,
     MAX_PEERS_PER_MESSAGE,
     MAX_ROUND,
+    MAX_SAMPLE,
     MAX_SAMPLES,
     Checkpoint,
     ModelRef,
@@ -100,14 +115,112 @@ SCALARS: list[tuple[Message, list[object], str]] = [
         "0000001b0194a470756c6c151ac410000102030405060708090a0b0c0d0e0f",
     ),
 ]
+RECORD = PeerRecord("A", ("/ip4/127.0.0.1/tcp/4001/p2p/A",), 300, False, 7, SIGNATURE)
+RECORD_ITEMS = ["A", ["/ip4/127.0.0.1/tcp/4001/p2p/A"], 300, False, 7, SIGNATURE]
+LEAVE = PeerRecord("C", (), 2**48, True, 0, SIGNATURE)
+LEAVE_ITEMS = ["C", [], 2**48, True, 0, SIGNATURE]
+ADMISSION = Admission(Invitation("net", D1, D2, 2_000_000_000, SIGNATURE), SIGNATURE)
+ADMISSION_ITEMS = [["net", D1, D2, 2_000_000_000, SIGNATURE], SIGNATURE]
+MEMBERSHIP: list[tuple[Message, list[object], str]] = [
+    (
+        Hello(1, "net", "none", "digits", D1, LEAVE, True, ADMISSION),
+        ["hello", 1, "net", "none", "digits", D1, LEAVE_ITEMS, True, ADMISSION_ITEMS],
+        (
+            "000001600199a568656c6c6f01a36e6574a46e6f6e65a6646967697473c420000102030405060708090a0b0c0d0e0f10"
+            "1112131415161718191a1b1c1d1e1f96a14390cf0001000000000000c300c440404142434445464748494a4b4c4d4e4f"
+            "505152535455565758595a5b5c5d5e5f606162636465666768696a6b6c6d6e6f707172737475767778797a7b7c7d7e7f"
+            "c39295a36e6574c420000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1fc420ffffffffff"
+            "ffffffffffffffffffffffffffffffffffffffffffffffffffffffce77359400c440404142434445464748494a4b4c4d"
+            "4e4f505152535455565758595a5b5c5d5e5f606162636465666768696a6b6c6d6e6f707172737475767778797a7b7c7d"
+            "7e7fc440404142434445464748494a4b4c4d4e4f505152535455565758595a5b5c5d5e5f606162636465666768696a6b"
+            "6c6d6e6f707172737475767778797a7b7c7d7e7f"
+        ),
+    ),
+    (
+        Shuffle((RECORD,)),
+        ["shuffle", [RECORD_ITEMS]],
+        (
+            "000000740192a773687566666c659196a14191bd2f6970342f3132372e302e302e312f7463702f343030312f7032702f"
+            "41cd012cc207c440404142434445464748494a4b4c4d4e4f505152535455565758595a5b5c5d5e5f6061626364656667"
+            "68696a6b6c6d6e6f707172737475767778797a7b7c7d7e7f"
+        ),
+    ),
+    (
+        Peers((RECORD, LEAVE)),
+        ["peers", [RECORD_ITEMS, LEAVE_ITEMS]],
+        (
+            "000000c30192a570656572739296a14191bd2f6970342f3132372e302e302e312f7463702f343030312f7032702f41cd"
+            "012cc207c440404142434445464748494a4b4c4d4e4f505152535455565758595a5b5c5d5e5f60616263646566676869"
+            "6a6b6c6d6e6f707172737475767778797a7b7c7d7e7f96a14390cf0001000000000000c300c440404142434445464748"
+            "494a4b4c4d4e4f505152535455565758595a5b5c5d5e5f606162636465666768696a6b6c6d6e6f707172737475767778"
+            "797a7b7c7d7e7f"
+        ),
+    ),
+    (Ping(300), ["ping", 300], "0000000a0192a470696e67cd012c"),
+    (Pong(300, 7), ["pong", 300, 7], "0000000b0193a4706f6e67cd012c07"),
+    (Probe(301, "B"), ["probe", 301, "B"], "0000000d0193a570726f6265cd012da142"),
+    (Probed(301, True), ["probed", 301, True], "0000000d0193a670726f626564cd012dc3"),
+    (
+        Suspects((Suspicion("B", 300),)),
+        ["suspects", [["B", 300]]],
+        "000000120192a873757370656374739192a142cd012c",
+    ),
+]
+SAMPLED: list[tuple[Message, list[object], str]] = [
+    (
+        Census(bytes(range(256)), True),
+        ["census", bytes(range(256)), True],
+        (
+            "0000010d0193a663656e737573c50100000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f"
+            "202122232425262728292a2b2c2d2e2f303132333435363738393a3b3c3d3e3f404142434445464748494a4b4c4d4e4f"
+            "505152535455565758595a5b5c5d5e5f606162636465666768696a6b6c6d6e6f707172737475767778797a7b7c7d7e7f"
+            "808182838485868788898a8b8c8d8e8f909192939495969798999a9b9c9d9e9fa0a1a2a3a4a5a6a7a8a9aaabacadaeaf"
+            "b0b1b2b3b4b5b6b7b8b9babbbcbdbebfc0c1c2c3c4c5c6c7c8c9cacbcccdcecfd0d1d2d3d4d5d6d7d8d9dadbdcdddedf"
+            "e0e1e2e3e4e5e6e7e8e9eaebecedeeeff0f1f2f3f4f5f6f7f8f9fafbfcfdfeffc3"
+        ),
+    ),
+    (
+        TrainedModel(ModelRef(D2, 70_000, 7, 1_000), D1, D2, ("A", "B")),
+        ["trained", [D2, 70_000, 7, 1_000], D1, D2, ["A", "B"]],
+        (
+            "0000007f0195a7747261696e656494c420ffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff"
+            "ffce0001117007cd03e8c420000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1fc420ffff"
+            "ffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff92a141a142"
+        ),
+    ),
+    (
+        AggregatedModel(ModelRef(D2, 70_000, 7, 1_000), D1, ("A",)),
+        ["aggregated", [D2, 70_000, 7, 1_000], D1, ["A"]],
+        (
+            "0000005e0194aa6167677265676174656494c420ffffffffffffffffffffffffffffffffffffffffffffffffffffffff"
+            "ffffffffce0001117007cd03e8c420000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f91"
+            "a141"
+        ),
+    ),
+    (
+        Receipt(300, D1),
+        ["receipt", 300, D1],
+        (
+            "0000002f0193a772656365697074cd012cc420000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c"
+            "1d1e1f"
+        ),
+    ),
+    (
+        Closed(300),
+        ["closed", 300],
+        "0000000c0192a6636c6f736564cd012c",
+    ),
+]
 # One of each message: the struct, the array on the wire, the whole frame.
 GOLDEN: list[tuple[Message, list[object], str]] = [
     (
-        Hello(1, "net", "gossip", "digits", D1, ("/ip4/127.0.0.1/tcp/4001/p2p/A",)),
-        ["hello", 1, "net", "gossip", "digits", D1, ["/ip4/127.0.0.1/tcp/4001/p2p/A"]],
+        Hello(1, "net", "gossip", "digits", D1, RECORD, False, None),
+        ["hello", 1, "net", "gossip", "digits", D1, RECORD_ITEMS, False, None],
         (
-            "0000005c0197a568656c6c6f01a36e6574a6676f73736970a6646967697473c420000102030405060708090a0b0c0d0e"
-            "0f101112131415161718191a1b1c1d1e1f91bd2f6970342f3132372e302e302e312f7463702f343030312f7032702f41"
+            "000000a80199a568656c6c6f01a36e6574a6676f73736970a6646967697473c420000102030405060708090a0b0c0d0e"
+            "0f101112131415161718191a1b1c1d1e1f96a14191bd2f6970342f3132372e302e302e312f7463702f343030312f7032"
+            "702f41cd012cc207c440404142434445464748494a4b4c4d4e4f505152535455565758595a5b5c5d5e5f606162636465"
+            "666768696a6b6c6d6e6f707172737475767778797a7b7c7d7e7fc2c0"
         ),
     ),
     (
@@ -116,12 +229,7 @@ GOLDEN: list[tuple[Message, list[object], str]] = [
         "000000160193a6726566757365a466756c6ca76e6f20726f6f6d",
     ),
     (Heartbeat(300, True), ["beat", 300, True], "0000000b0193a462656174cd012cc3"),
-    (AskPeers(), ["ask"], "000000060191a361736b"),
-    (
-        Peers((PeerRecord("B", ("/ip4/1.2.3.4/tcp/1/p2p/B",)), PeerRecord("C", ()))),
-        ["peers", [["B", ["/ip4/1.2.3.4/tcp/1/p2p/B"]], ["C", []]]],
-        "0000002a0192a570656572739292a14291b82f6970342f312e322e332e342f7463702f312f7032702f4292a14390",
-    ),
+    *MEMBERSHIP,
     (
         Offer(ModelRef(D2, 70_000, 7, 1_000)),
         ["offer", [D2, 70_000, 7, 1_000]],
@@ -140,10 +248,11 @@ GOLDEN: list[tuple[Message, list[object], str]] = [
     ),
     (Bye(), ["bye"], "000000060191a3627965"),
     *SCALARS,
+    *SAMPLED,
     (
-        FetchRequest(D2, 3),
-        ["fetch", D2, 3],
-        "0000002b0193a56665746368c420ffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff03",
+        FetchRequest(D2, 3, 2),
+        ["fetch", D2, 3, 2],
+        "0000002c0194a56665746368c420ffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff0302",
     ),
     (
         FetchHeader(1_048_577, (D1, D2)),
@@ -169,6 +278,19 @@ def array(*items: object) -> bytes:
     return frame(msgpack.packb(list(items)))
 
 
+def said(
+    peer: object,
+    addresses: object,
+    *,
+    incarnation: object = 0,
+    left: object = False,
+    round_: object = 0,
+    signature: bytes = bytes(64),
+) -> list[object]:
+    """A peer record as it is on the wire."""
+    return [peer, addresses, incarnation, left, round_, signature]
+
+
 def refusal(data: bytes, decoder: FrameDecoder | None = None) -> Reason:
     """Why these bytes were refused, fed at once and then ended."""
     decoder = decoder or link_decoder()
@@ -181,6 +303,7 @@ def refusal(data: bytes, decoder: FrameDecoder | None = None) -> Reason:
 
 # --- strategies -----------------------------------------------------------------------------------------
 printable = st.characters(min_codepoint=33, max_codepoint=126)
+peer_ids = st.text(printable, min_size=1, max_size=128)
 addresses = st.lists(st.text(printable, min_size=1, max_size=256), max_size=MAX_ADDRESSES).map(tuple)
 names = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=64)
 details = st.text(st.characters(exclude_categories=["Cs", "Cc"]), max_size=240)
@@ -188,7 +311,18 @@ digests = st.binary(min_size=32, max_size=32)
 rounds = st.integers(0, MAX_ROUND)
 reasons = st.sampled_from(Reason)
 refs = st.builds(ModelRef, digests, st.integers(1, MAX_MODEL_BYTES), rounds, st.integers(1, MAX_SAMPLES))
-records = st.builds(PeerRecord, st.text(printable, min_size=1, max_size=128), addresses)
+tokens = st.integers(0, 2**48)
+incarnations = st.integers(0, MAX_INCARNATION)
+signatures = st.binary(min_size=64, max_size=64)
+records = st.builds(PeerRecord, peer_ids, addresses, incarnations, st.booleans(), rounds, signatures)
+several_records = st.lists(records, max_size=MAX_PEERS_PER_MESSAGE).map(tuple)
+suspicions = st.builds(Suspicion, peer_ids, incarnations)
+samples = st.lists(peer_ids, max_size=5).map(tuple)
+admissions = st.builds(
+    Admission,
+    st.builds(Invitation, names, digests, digests, st.integers(0, MAX_EXPIRES_AT), signatures),
+    signatures,
+)
 numbers = st.floats(allow_nan=False)
 scalar_records = st.builds(
     ScalarRecord,
@@ -200,11 +334,20 @@ scalar_records = st.builds(
 )
 checkpoints = st.builds(Checkpoint, rounds, digests, st.integers(0, MAX_SAMPLES), refs)
 link_messages = st.one_of(
-    st.builds(Hello, st.integers(0, 2**16), names, names, names, digests, addresses),
+    st.builds(
+        Hello,
+        *(st.integers(0, 2**16), names, names, names, digests, records, st.booleans()),
+        st.none() | admissions,
+    ),
     st.builds(Refuse, reasons, details),
     st.builds(Heartbeat, rounds, st.booleans()),
-    st.builds(AskPeers),
-    st.builds(Peers, st.lists(records, max_size=MAX_PEERS_PER_MESSAGE).map(tuple)),
+    st.builds(Shuffle, several_records),
+    st.builds(Peers, several_records),
+    st.builds(Ping, tokens),
+    st.builds(Pong, tokens, rounds),
+    st.builds(Probe, tokens, peer_ids),
+    st.builds(Probed, tokens, st.booleans()),
+    st.builds(Suspects, st.lists(suspicions, max_size=MAX_PEERS_PER_MESSAGE).map(tuple)),
     st.builds(Offer, refs),
     st.builds(Decline, digests, reasons),
     st.builds(Bye),
@@ -222,11 +365,16 @@ link_messages = st.one_of(
             tuple
         ),
     ),
+    st.builds(Census, st.binary(min_size=CENSUS_BYTES, max_size=CENSUS_BYTES), st.booleans()),
+    st.builds(TrainedModel, refs, digests, digests, samples),
+    st.builds(AggregatedModel, refs, digests, samples),
+    st.builds(Receipt, rounds, digests),
+    st.builds(Closed, rounds),
     st.builds(Holding, rounds, rounds, st.binary(max_size=64)),
     st.builds(Pull, rounds, rounds, st.binary(max_size=64)),
 )
 fetch_messages = st.one_of(
-    st.builds(FetchRequest, digests, st.integers(0, MAX_CHUNKS)),
+    st.builds(FetchRequest, digests, st.integers(0, MAX_CHUNKS), st.integers(1, MAX_CHUNKS)),
     st.builds(
         FetchHeader,
         st.integers(1, MAX_MODEL_BYTES),
@@ -294,14 +442,20 @@ def test_raw_bytes_after_a_frame_are_given_back() -> None:
 
 def test_the_largest_legal_frames_fit_their_limits() -> None:
     address, peer, name = "a" * 256, "p" * 128, "\U0001f986" * 64
-    records_ = (PeerRecord(peer, (address,) * MAX_ADDRESSES),) * MAX_PEERS_PER_MESSAGE
+    record = PeerRecord(peer, (address,) * MAX_ADDRESSES, MAX_INCARNATION, True, MAX_ROUND, bytes(64))
+    records_ = (record,) * MAX_PEERS_PER_MESSAGE
+    admission = Admission(Invitation(name, D1, D2, MAX_EXPIRES_AT, bytes(64)), bytes(64))
     largest_ref = ModelRef(D2, MAX_MODEL_BYTES, MAX_ROUND, MAX_SAMPLES)
     longest_reason = max(Reason, key=len)
     full: list[Message] = [
-        Hello(2**16, name, name, name, D2, (address,) * MAX_ADDRESSES),
+        Hello(2**16, name, name, name, D2, record, True, admission),
         Refuse(longest_reason, "\U0001f986" * 240),
         Heartbeat(MAX_ROUND, True),
         Peers(records_),
+        Shuffle(records_),
+        Suspects((Suspicion(peer, MAX_INCARNATION),) * MAX_PEERS_PER_MESSAGE),
+        TrainedModel(largest_ref, D1, D2, (peer,) * MAX_SAMPLE),
+        AggregatedModel(largest_ref, D1, (peer,) * MAX_SAMPLE),
         Offer(largest_ref),
         Decline(D2, longest_reason),
     ]
@@ -343,7 +497,7 @@ def test_another_wire_version_is_said_to_be_one() -> None:
 
 WRONG = {
     "an unknown tag": array("gradient", 1),
-    "a tag of the other stream": array("fetch", D1, 0),
+    "a tag of the other stream": array("fetch", D1, 0, 1),
     "a number for a tag": array(1),
     "no tag": array(),
     "a map": frame(msgpack.packb({"type": "bye"})),
@@ -366,18 +520,42 @@ WRONG = {
     "a digest of 33 bytes": array("decline", bytes(33), "busy"),
     "an unknown reason": array("refuse", "mood", ""),
     "a detail of 241 characters": array("refuse", "full", "x" * 241),
-    "an address of 300 characters": array("peers", [["A", ["x" * 300]]]),
-    "an empty address": array("peers", [["A", [""]]]),
-    "an address with an escape sequence": array("peers", [["A", ["/ip4/\x1b[2J"]]]),
-    "an address beyond ASCII": array("peers", [["A", ["/dns4/ü"]]]),
-    "an address with a line's end": array("peers", [["A", ["/ip4\n"]]]),
-    "nine addresses": array("peers", [["A", ["x"] * 9]]),
-    "an empty peer id": array("peers", [["", []]]),
-    "a peer id of 129 characters": array("peers", [["A" * 129, []]]),
-    "17 peers": array("peers", [["A", []]] * 17),
-    "an empty name": array("hello", 1, "", "gossip", "digits", D1, []),
-    "a name of 65 characters": array("hello", 1, "n" * 65, "gossip", "digits", D1, []),
-    "a negative version": array("hello", -1, "n", "gossip", "digits", D1, []),
+    "an address of 300 characters": array("peers", [said("A", ["x" * 300])]),
+    "an empty address": array("peers", [said("A", [""])]),
+    "an address with an escape sequence": array("peers", [said("A", ["/ip4/\x1b[2J"])]),
+    "an address beyond ASCII": array("peers", [said("A", ["/dns4/ü"])]),
+    "an address with a line's end": array("peers", [said("A", ["/ip4\n"])]),
+    "nine addresses": array("peers", [said("A", ["x"] * 9)]),
+    "an empty peer id": array("peers", [said("", [])]),
+    "a peer id of 129 characters": array("peers", [said("A" * 129, [])]),
+    "17 peers": array("peers", [said("A", [])] * 17),
+    "17 peers in a shuffle": array("shuffle", [said("A", [])] * 17),
+    "17 suspicions": array("suspects", [["A", 0]] * 17),
+    "a record with one field more": array("peers", [[*said("A", []), 0]]),
+    "a signature of 63 bytes": array("peers", [said("A", [], signature=bytes(63))]),
+    "a signature of 65 bytes": array("peers", [said("A", [], signature=bytes(65))]),
+    "a negative incarnation": array("peers", [said("A", [], incarnation=-1)]),
+    "an incarnation beyond the limit": array("peers", [said("A", [], incarnation=MAX_INCARNATION + 1)]),
+    "an incarnation of true": array("peers", [said("A", [], incarnation=True)]),
+    "a record of a round of 2**60": array("peers", [said("A", [], round_=2**60)]),
+    "a leave of one": array("peers", [said("A", [], left=1)]),
+    "a suspicion of an incarnation beyond the limit": array("suspects", [["A", MAX_INCARNATION + 1]]),
+    "a suspicion of nobody": array("suspects", [["", 0]]),
+    "a census of 255 bytes": array("census", bytes(255), False),
+    "a sample of 257": array("aggregated", [D1, 1, 1, 1], D1, ["A"] * 257),
+    "a closed round of 2**60": array("closed", 2**60),
+    "a probe of nobody": array("probe", 1, ""),
+    "a token beyond the limit": array("ping", 2**48 + 1),
+    "a negative token": array("pong", -1, 0),
+    "a hello without a record": array("hello", 1, "n", "gossip", "digits", D1, None, False, None),
+    "a hello with an invitation of no word": array(
+        "hello", 1, "n", "gossip", "digits", D1, said("A", []), False, []
+    ),
+    "an empty name": array("hello", 1, "", "gossip", "digits", D1, said("A", []), False, None),
+    "a name of 65 characters": array(
+        "hello", 1, "n" * 65, "gossip", "digits", D1, said("A", []), False, None
+    ),
+    "a negative version": array("hello", -1, "n", "gossip", "digits", D1, said("A", []), False, None),
     "a model of no bytes": array("offer", [D1, 0, 1, 1]),
     "a model beyond the limit": array("offer", [D1, MAX_MODEL_BYTES + 1, 1, 1]),
     "a model of no samples": array("offer", [D1, 1, 1, 0]),
@@ -404,8 +582,10 @@ def test_what_does_not_fit_is_malformed(data: bytes) -> None:
 
 WRONG_ON_A_FETCH_STREAM = {
     "a link message": encode(Bye()),
-    "a first chunk below zero": array("fetch", D1, -1),
-    "a first chunk beyond the limit": array("fetch", D1, MAX_CHUNKS + 1),
+    "a first chunk below zero": array("fetch", D1, -1, 1),
+    "a first chunk beyond the limit": array("fetch", D1, MAX_CHUNKS + 1, 1),
+    "no chunks": array("fetch", D1, 0, 0),
+    "more chunks than there can be": array("fetch", D1, 0, MAX_CHUNKS + 1),
     "a header of no bytes": array("header", 0, [D1]),
     "a header without chunks": array("header", 1, []),
     "a chunk hash of 31 bytes": array("header", 1, [D1, bytes(31)]),
@@ -505,7 +685,16 @@ def test_our_own_bounds_are_checked_by_the_reader_not_the_writer() -> None:
         msgspec.convert(MAX_ROUND + 1, type=ModelRef.__annotations__["round"])
 
 
+def test_what_a_record_leaves_out_reads_as_what_nobody_signs() -> None:
+    """The one array with a tail that may be missing."""
+    (message,) = link_decoder().feed(array("peers", [["A", []]]))
+    assert message == Peers((PeerRecord("A", (), 0, False, 0, bytes(64)),))
+
+
 @pytest.mark.parametrize("text", ["\x1b[2J", "line\nline", "\x00", "\x7f", "\x9b31m"])
 def test_no_peer_writes_control_characters_to_a_terminal(text: str) -> None:
     assert refusal(encode(Refuse(Reason.FULL, text))) is Reason.MALFORMED
-    assert refusal(encode(Hello(1, text, "gossip", "digits", bytes(32), ()))) is Reason.MALFORMED
+    assert (
+        refusal(encode(Hello(1, text, "gossip", "digits", bytes(32), RECORD, False, None)))
+        is Reason.MALFORMED
+    )

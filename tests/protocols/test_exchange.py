@@ -15,6 +15,7 @@ from protocols.events import (
     Fetch,
     Fetched,
     FetchFailed,
+    FetchGaveUp,
     Forget,
     LinkUp,
     ModelArrived,
@@ -28,18 +29,15 @@ from protocols.events import (
     Timer,
     TimerFired,
 )
-from protocols.exchange import Exchange, ExchangeSettings
-from protocols.messages import Bye, Decline, Heartbeat, Hello, Offer, Refuse
+from protocols.exchange import BAD_MODEL, MAX_SOURCES, Exchange, ExchangeSettings
+from protocols.messages import Bye, Decline, Heartbeat, Offer, Refuse
 from protocols.view import View, ViewSettings
 from protocols.vocabulary import HOSTILE, ModelRef, PeerId, Reason
+from tests.protocols.identities import FakeSignatures, hello_of
 
 A, B, C = PeerId("A"), PeerId("B"), PeerId("C")
 MAX_BYTES = 1_000
 Output = Effect | Notice
-
-
-def hello(learning: str = "gossip") -> Hello:
-    return Hello(1, "net", learning, "task", bytes(32), ())
 
 
 def ref(number: int, size: int = 100, round_: int = 0) -> ModelRef:
@@ -50,15 +48,17 @@ class Rig:
     """An exchange over a real view whose neighbours are greeted."""
 
     def __init__(self, *peers: str, **options: object) -> None:
-        self.view = View(ViewSettings(max_degree=200), PeerId("me"), hello(), random.Random(0))
+        self.view = View(
+            ViewSettings(max_degree=200), PeerId("me"), hello_of("me"), random.Random(0), FakeSignatures("me")
+        )
         self.exchange = Exchange(ExchangeSettings(**options), self.view, MAX_BYTES)
         for peer in peers:
             self.link(peer)
 
     def link(self, peer: str, learning: str = "gossip") -> list[Output]:
         self.view.step(0, LinkUp(PeerId(peer), True, ""))
-        self.view.step(0, Received(PeerId(peer), hello(learning)))
-        return self.exchange.step(0, PeerUp(PeerId(peer), hello(learning)))
+        self.view.step(0, Received(PeerId(peer), hello_of(peer, learning=learning)))
+        return self.exchange.step(0, PeerUp(PeerId(peer), hello_of(peer, learning=learning)))
 
     def unlink(self, peer: str) -> list[Output]:
         self.view._links.pop(PeerId(peer))
@@ -74,7 +74,7 @@ class Rig:
         exchange = self.exchange
         return (
             list(exchange._offered),
-            dict(exchange._waiting),
+            {peer: (item.ref, item.others, item.taken) for peer, item in exchange._waiting.items()},
             {
                 token: (item.peer, item.ref, item.attempts, item.fetching)
                 for token, item in exchange._transfers.items()
@@ -342,6 +342,155 @@ def test_stale_and_foreign_events_leave_the_exchange_as_it_was() -> None:
         assert rig.picture() == before
 
 
+# --- several holders of one model -----------------------------------------------------------------------
+def test_what_several_offer_is_pulled_from_all_of_them() -> None:
+    peers = [A, B, C, PeerId("D"), PeerId("E")]
+    rig = Rig(*peers, max_parallel_fetches=1)
+    rig.offered(A, ref(1))
+    for peer in peers[1:]:
+        rig.offered(peer, ref(2))
+    first = [ModelArrived(A, ref(1)), Fetch(2, B, ref(2), (C, *peers[3:]))]
+    assert rig.step(Fetched(1)) == first
+    assert rig.step(Fetched(2)) == [ModelArrived(peer, ref(2)) for peer in peers[1:]]
+
+
+def test_the_number_of_sources_is_bounded() -> None:
+    peers = [PeerId(f"p{number:02}") for number in range(9)]
+    rig = Rig(A, *peers)
+    assert rig.exchange.take(A, ref(1), peers) == [Fetch(1, A, ref(1), tuple(peers[: MAX_SOURCES - 1]))]
+
+
+def test_another_size_for_the_same_bytes_is_a_lie_and_no_source() -> None:
+    rig = Rig(A, B, C, max_parallel_fetches=1)
+    rig.offered(A, ref(1))
+    rig.offered(B, ref(2))
+    rig.offered(C, ref(2, size=99))
+    assert of(Fetch, rig.step(Fetched(1))) == [Fetch(2, B, ref(2))]
+
+
+def test_who_offered_the_same_meanwhile_is_asked_too_at_the_next_attempt() -> None:
+    rig = Rig(A, B)
+    rig.offered(A, ref(1))
+    rig.offered(B, ref(1))
+    rig.step(FetchFailed(1, Reason.TIMEOUT))
+    assert rig.step(TimerFired(Timer("exchange", "retry", 1))) == [Fetch(1, A, ref(1), (B,))]
+
+
+# --- what the learning protocol takes -------------------------------------------------------------------
+def test_a_model_that_is_taken_arrives_as_an_offered_one_does() -> None:
+    rig = Rig(A, B)
+    assert rig.exchange.take(A, ref(1), (B,)) == [Fetch(1, A, ref(1), (B,))]
+    assert rig.step(Fetched(1)) == [ModelArrived(A, ref(1))]
+    assert rig.exchange.take(B, ref(1)) == [ModelArrived(B, ref(1))], "held already"
+
+
+def test_a_taken_model_waits_its_turn() -> None:
+    rig = Rig(A, B, max_parallel_fetches=1)
+    rig.offered(A, ref(1))
+    assert rig.exchange.take(B, ref(2)) == []
+    assert rig.step(Fetched(1)) == [ModelArrived(A, ref(1)), Fetch(2, B, ref(2))]
+
+
+def test_sources_that_are_not_linked_are_left_out() -> None:
+    rig = Rig(B, C)
+    stranger = PeerId("stranger")
+    assert rig.exchange.take(A, ref(1), (stranger, B, C, B)) == [Fetch(1, B, ref(1), (C,))]
+    assert rig.step(Fetched(1)) == [ModelArrived(A, ref(1))]
+    assert rig.exchange.take(A, ref(2), (stranger,)) == [FetchGaveUp(A, ref(2))]
+
+
+def test_what_is_taken_twice_is_fetched_and_answered_once() -> None:
+    rig = Rig(A, B, max_parallel_fetches=1)
+    rig.exchange.take(A, ref(1))
+    rig.exchange.take(B, ref(2))
+    assert rig.exchange.take(A, ref(1), (B,)) == []
+    assert rig.exchange.take(B, ref(2)) == []
+    assert rig.step(Fetched(1)) == [ModelArrived(A, ref(1)), Fetch(2, B, ref(2))]
+    assert rig.step(FetchFailed(2, Reason.GONE)) == [Forget(ref(2)), FetchGaveUp(B, ref(2))]
+
+
+def test_an_offered_model_that_is_taken_while_it_comes_is_answered() -> None:
+    rig = Rig(A)
+    rig.offered(A, ref(1))
+    assert rig.exchange.take(A, ref(1)) == []
+    assert rig.step(FetchFailed(1, Reason.GONE)) == [Forget(ref(1)), FetchGaveUp(A, ref(1))]
+
+
+def test_a_taken_model_is_tried_again_and_then_given_up_for_good() -> None:
+    rig = Rig(A, max_attempts=2)
+    rig.exchange.take(A, ref(1))
+    assert of(SetTimer, rig.step(FetchFailed(1, Reason.TIMEOUT)))
+    rig.step(TimerFired(Timer("exchange", "retry", 1)))
+    assert rig.step(FetchFailed(1, Reason.TIMEOUT)) == [Forget(ref(1)), FetchGaveUp(A, ref(1))]
+
+
+def test_after_a_lie_the_others_are_tried_without_the_liar() -> None:
+    rig = Rig(A, B, C)
+    rig.exchange.take(A, ref(1), (B, C))
+    out = rig.step(FetchFailed(1, Reason.WRONG_HASH, "chunk 3"))
+    assert of(Penalise, out) == [Penalise(A, Reason.WRONG_HASH, "chunk 3")]
+    assert rig.step(TimerFired(of(SetTimer, out)[0].timer)) == [Fetch(1, B, ref(1), (C,))]
+    out = rig.step(FetchFailed(1, Reason.WRONG_SIZE))
+    assert of(Penalise, out) == [Penalise(B, Reason.WRONG_SIZE)], "whoever was asked first"
+    rig.unlink(C)
+    assert of(Forget, rig.step(TimerFired(of(SetTimer, out)[0].timer))) == [Forget(ref(1))]
+
+
+@pytest.mark.parametrize("reason", sorted(BAD_MODEL))
+def test_a_bad_model_is_not_asked_of_others(reason: Reason) -> None:
+    rig = Rig(A, B)
+    rig.exchange.take(A, ref(1), (B,))
+    assert rig.step(FetchFailed(1, reason)) == [
+        Penalise(A, reason),
+        Forget(ref(1)),
+        FetchGaveUp(A, ref(1)),
+    ]
+
+
+def test_a_taken_model_larger_than_any_honest_one_is_penalised_and_given_up() -> None:
+    rig = Rig(A)
+    large = ref(1, size=MAX_BYTES + 1)
+    assert rig.exchange.take(A, large) == [
+        Penalise(A, Reason.TOO_LARGE, "named 1001 bytes, at most 1000 fit the task"),
+        FetchGaveUp(A, large),
+    ]
+
+
+def test_a_newer_model_of_the_same_peer_takes_the_place_of_one_that_waits() -> None:
+    rig = Rig(A, B, max_parallel_fetches=1)
+    rig.offered(A, ref(1))
+    rig.exchange.take(B, ref(2))
+    assert rig.exchange.take(B, ref(3)) == [FetchGaveUp(B, ref(2))]
+    assert rig.offered(B, ref(4)) == [FetchGaveUp(B, ref(3))]
+
+
+def test_the_oldest_that_waits_is_given_up_without_a_word_to_its_peer() -> None:
+    rig = Rig(A, B, C, max_parallel_fetches=1, max_waiting=1)
+    rig.offered(A, ref(1))
+    rig.exchange.take(B, ref(2))
+    assert rig.exchange.take(C, ref(3)) == [FetchGaveUp(B, ref(2))]
+
+
+def test_a_waiting_model_outlives_its_peer_where_another_has_it() -> None:
+    rig = Rig(A, B, C, "D", max_parallel_fetches=1)
+    rig.offered(A, ref(1))
+    rig.exchange.take(B, ref(2), (C,))
+    rig.exchange.take(PeerId("D"), ref(3))
+    assert rig.unlink(B) == []
+    assert rig.unlink("D") == [FetchGaveUp(PeerId("D"), ref(3))]
+    assert rig.step(Fetched(1)) == [ModelArrived(A, ref(1)), Fetch(2, C, ref(2))]
+    assert rig.step(Fetched(2)) == [ModelArrived(B, ref(2))]
+
+
+def test_a_node_that_has_finished_takes_nothing_more() -> None:
+    rig = Rig(A, B, max_parallel_fetches=1)
+    rig.exchange.take(A, ref(1))
+    rig.exchange.take(B, ref(2))
+    rig.exchange.open = False
+    assert rig.exchange.take(A, ref(3)) == [FetchGaveUp(A, ref(3))]
+    assert rig.step(Fetched(1)) == [ModelArrived(A, ref(1)), FetchGaveUp(B, ref(2))]
+
+
 # --- the account of holds -------------------------------------------------------------------------------
 class Ledger:
     """A caller that takes each model which arrives, and a store that knows which bytes lie on its disk."""
@@ -354,6 +503,7 @@ class Ledger:
         self.on_disk: set[bytes] = set()
         self.forgotten: Counter[bytes] = Counter()
         self.saved: Counter[bytes] = Counter()
+        self.asked: set[tuple[PeerId, ModelRef]] = set()
 
     def save(self, model: ModelRef) -> None:
         if model.digest not in self.on_disk:
@@ -370,9 +520,12 @@ class Ledger:
                     self.save(model)  # its first chunk comes
                 case SetTimer(timer):
                     self.timers.append(timer)
-                case ModelArrived(_, model):
+                case ModelArrived(peer, model):
                     assert model.digest in self.on_disk
                     self.taken.append(model)
+                    self.asked.discard((peer, model))
+                case FetchGaveUp(peer, model):
+                    self.asked.remove((peer, model))
                 case Forget(model):
                     assert model.digest in self.on_disk, "forgotten twice, or never saved"
                     self.on_disk.remove(model.digest)
@@ -408,6 +561,9 @@ class Ledger:
                 self.read(rig.unlink(peer))
             case 9 if peer not in rig.view._links:
                 self.read(rig.link(peer))
+            case 10 | 11:
+                self.asked.add((PeerId(peer), model))
+                self.read(rig.exchange.take(PeerId(peer), model, (A, B)))
 
     def settle(self) -> None:
         """Let everything end: fetches fail, timers fire, holds are released."""
@@ -415,10 +571,11 @@ class Ledger:
         while self.fetching or self.timers or self.taken:
             for choice in (4, 5, 6):
                 self.act(choice, "A", ref(0), Reason.GONE)
+        assert not self.asked, "whatever was asked for has come or was given up"
 
 
 actions = st.tuples(
-    st.integers(0, 9),
+    st.integers(0, 11),
     st.sampled_from(["A", "B", "C", "D"]),
     st.builds(ref, st.integers(1, 6), st.just(100), st.integers(0, 3)),
     st.sampled_from([Reason.TIMEOUT, Reason.LINK, Reason.GONE, Reason.WRONG_HASH, Reason.BUSY]),
@@ -445,7 +602,7 @@ def test_the_account_holds_over_a_long_run() -> None:
     reasons = [Reason.TIMEOUT, Reason.LINK, Reason.GONE, Reason.WRONG_HASH]
     for number in range(20_000):
         fresh = ref(rng.choice([number + 10, rng.randrange(1, 10)]), round_=number)
-        ledger.act(rng.randrange(10), rng.choice("ABCD"), fresh, rng.choice(reasons))
+        ledger.act(rng.randrange(12), rng.choice("ABCD"), fresh, rng.choice(reasons))
     ledger.settle()
     assert len(ledger.on_disk) == len({model.digest for model in ledger.rig.exchange._offered})
     assert sum(ledger.forgotten.values()) > 2_000

@@ -53,6 +53,7 @@ from protocols.messages import Heartbeat, Offer
 from protocols.view import ViewSettings
 from protocols.vocabulary import ModelRef, PeerId, Reason, SchemaHash
 from sim.checkers import Violation
+from tests.protocols.identities import FakeSignatures
 from tests.sim.test_checkers import Arena, breaking
 
 Mean = tuple[Fraction, int]
@@ -166,7 +167,7 @@ class Net:
         gossip = GossipSettings(final_merge=self.mode, final_deadline_s=DEADLINE_S, **self.options)
         far = ViewSettings(target_degree=0, max_degree=64, heartbeat_s=500, dead_after_s=3000)
         core = CoreSettings("net", "task", SchemaHash(bytes(32)), 1_000, view=far, gossip=gossip)
-        self.cores[me] = NodeCore(core, me, random.Random(me))
+        self.cores[me] = NodeCore(core, me, random.Random(me), FakeSignatures(me))
         self.life[me] = self.life.get(me, -1) + 1
         self.records[me], self.final_inputs[me], self.merged[me] = [], [], set()
         ref = self.kept.get(me) or self.new(me, 0, (self.start[me], self.samples[me]))

@@ -40,16 +40,13 @@ from protocols.events import (
 )
 from protocols.exchange import Exchange, ExchangeSettings
 from protocols.gossip import MAX_JUMP, Gossip, GossipSettings
-from protocols.messages import Heartbeat, Hello, Offer
+from protocols.messages import Heartbeat, Offer
 from protocols.view import View, ViewSettings
 from protocols.vocabulary import MAX_ROUND, ModelRef, PeerId, Reason
+from tests.protocols.identities import FakeSignatures, hello_of
 
 A, B, C = PeerId("A"), PeerId("B"), PeerId("C")
 Output = Effect | Notice
-
-
-def hello(learning: str = "gossip") -> Hello:
-    return Hello(1, "net", learning, "task", bytes(32), ())
 
 
 def ref(number: int, round_: int = 0) -> ModelRef:
@@ -61,7 +58,7 @@ class Rig:
 
     def __init__(self, *peers: str, **options: object) -> None:
         options = {"pause_s": 0, **options}
-        self.view = View(ViewSettings(), PeerId("me"), hello(), random.Random(0))
+        self.view = View(ViewSettings(), PeerId("me"), hello_of("me"), random.Random(0), FakeSignatures("me"))
         self.exchange = Exchange(ExchangeSettings(), self.view, 1_000)
         self.gossip = Gossip(GossipSettings(**options), self.view, self.exchange)
         self.now = 0.0
@@ -70,8 +67,8 @@ class Rig:
 
     def link(self, peer: str, learning: str = "gossip") -> list[Output]:
         self.view.step(0, LinkUp(PeerId(peer), True, ""))
-        self.view.step(0, Received(PeerId(peer), hello(learning)))
-        notice = PeerUp(PeerId(peer), hello(learning))
+        self.view.step(0, Received(PeerId(peer), hello_of(peer, learning=learning)))
+        notice = PeerUp(PeerId(peer), hello_of(peer, learning=learning))
         return self.exchange.step(0, notice) + self.gossip.step(self.now, notice)
 
     def step(self, event: Event | Notice) -> list[Output]:
@@ -134,8 +131,11 @@ def at(phase: Phase, **options: object) -> Rig:
     rig.step(Started((), (), OWN))
     if phase in (Phase.WAITING, Phase.TRAINING):
         return rig
+    if phase is Phase.CATCHING_UP:
+        for peer in (A, B):
+            rig.view.step(0, Received(peer, Heartbeat(500, True)))
     rig.train(ref(2))
-    if phase is Phase.COLLECTING:
+    if phase in (Phase.COLLECTING, Phase.CATCHING_UP):
         return rig
     rig.arrive(A, ref(3))
     rig.deadline()
@@ -720,7 +720,9 @@ def test_models_of_rounds_mean_nothing_to_the_final_merge() -> None:
     assert rig.arrive(B, ref(70, round_=1)) == [Forget(ref(70, round_=1))]
 
 
-@pytest.mark.parametrize("phase", [phase for phase in PHASES if phase not in (Phase.FINAL, Phase.DONE)])
+@pytest.mark.parametrize(
+    "phase", [phase for phase in PHASES if phase not in (Phase.FINAL, Phase.DONE, Phase.CATCHING_UP)]
+)
 def test_models_of_the_final_merge_mean_nothing_to_rounds(phase: Phase) -> None:
     rig = at(phase, rounds=5, final_merge="butterfly")
     assert rig.arrive(B, ref(70, round_=7)) == []
@@ -824,7 +826,7 @@ def test_the_inbox_does_not_grow_with_everyone_who_ever_passed_by() -> None:
 def every_event(token: int) -> list[Event | Notice]:
     return [
         Started((), (), ref(90)),
-        PeerUp(A, hello()),
+        PeerUp(A, hello_of(A)),
         PeerDown(A, Reason.LINK),
         Received(A, Heartbeat(3, True)),
         TimerFired(Timer("learning", "deadline", token)),

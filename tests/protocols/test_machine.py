@@ -9,6 +9,7 @@ from protocols.exchange import Exchange
 from protocols.gossip import Gossip
 from protocols.machine import Machine, Output, kind_of
 from protocols.messages import Bye, Heartbeat, LinkMessage
+from protocols.sampling import Sampling
 from protocols.scalars import ScalarLearning
 from protocols.view import View
 from protocols.vocabulary import PeerId
@@ -41,7 +42,7 @@ def test_a_machine_deals_with_what_is_in_its_table_and_takes_no_notice_of_the_re
     assert machine.seen == [(3.0, Received(PEER, Bye())), (3.0, StopRequested())]
 
 
-@pytest.mark.parametrize("machine", [View, Exchange, Gossip, ScalarLearning])
+@pytest.mark.parametrize("machine", [View, Exchange, Gossip, Sampling, ScalarLearning])
 def test_the_tables_name_only_what_can_happen(machine: type[Machine]) -> None:
     """A message in its envelope is looked up by its own type, so the envelope itself never is."""
     possible = {*get_args(Event), *Notice.__subclasses__(), *get_args(LinkMessage)} - {Received}
@@ -49,6 +50,8 @@ def test_the_tables_name_only_what_can_happen(machine: type[Machine]) -> None:
 
 
 def test_everything_that_can_happen_is_somebodys() -> None:
-    dealt_with = {kind for machine in (View, Exchange, Gossip, ScalarLearning) for kind in machine.HANDLERS}
+    dealt_with = {
+        kind for machine in (View, Exchange, Gossip, Sampling, ScalarLearning) for kind in machine.HANDLERS
+    }
     assert {*get_args(Event), *get_args(LinkMessage), *Notice.__subclasses__()} - dealt_with == {Received}
     assert Trained in Gossip.HANDLERS

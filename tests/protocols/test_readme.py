@@ -8,12 +8,14 @@ import msgspec
 import pytest
 
 import protocols
-from protocols import messages, vocabulary
+from protocols import vocabulary
 from protocols.blob import hash_blob
 from protocols.codec import encode
 from protocols.messages import Bye, FetchMessage, LinkMessage
+from protocols.signing import record_bytes, sign_record
 from protocols.view import mismatch
 from protocols.vocabulary import HOSTILE, ModelRef, PeerRecord, Reason
+from tests.protocols.identities import hello_of
 
 README = (Path(protocols.__file__).parent / "README.md").read_text(encoding="utf-8")
 
@@ -65,13 +67,13 @@ def test_inner_arrays_are_listed_with_their_fields_in_order(struct: type[msgspec
     (text,) = [bounds for type_, _, bounds in rows("## Types")[1:] if type_ == name]
     expected = {
         "ref": "[" + ", ".join(ModelRef.__struct_fields__) + "]",
-        "record": "[peer, [address, ...]]",
+        "record": "[" + ", ".join(PeerRecord.__struct_fields__) + "]",
     }
     assert text.startswith(expected[name])
 
 
 def test_mismatches_are_told_in_the_listed_order() -> None:
-    ours = messages.Hello(1, "n", "l", "t", bytes(32), ())
+    ours = hello_of("A", network="n", learning="l", task="t")
     fields = {"version": 9, "network": "x", "learning": "x", "task": "x", "schema": b"x" * 32}
     told = rows("## Handshake")[1:]
     assert [compared for compared, _, _ in told] == list(fields)
@@ -84,6 +86,19 @@ def test_mismatches_are_told_in_the_listed_order() -> None:
 def test_the_example_frame_is_a_goodbye() -> None:
     (told,) = re.findall(r"a `Bye` is `([0-9a-f ]+)`", README)
     assert encode(Bye()).hex() == told.replace(" ", "")
+
+
+def test_the_record_vector_is_right() -> None:
+    (text,) = re.findall(r"record: (\[.+\])", README)
+    (signed,) = re.findall(r"signed: ([0-9a-f\s]+)signature", README)
+    (signature,) = re.findall(r"signature: ([0-9a-f]{128})", README)
+    record = msgspec.json.decode(text, type=PeerRecord)
+    assert record_bytes("net", record).hex() == "".join(signed.split())
+    ed25519 = pytest.importorskip("cryptography.hazmat.primitives.asymmetric.ed25519")
+    signatures = pytest.importorskip("node.signatures")
+    mine = signatures.Ed25519Signatures(ed25519.Ed25519PrivateKey.from_private_bytes(bytes(range(32))))
+    assert mine.author_of(record.peer) == mine.author
+    assert sign_record("net", record, mine).signature.hex() == signature
 
 
 def test_the_blob_vector_is_right() -> None:

@@ -20,7 +20,6 @@ from protocols.events import (
 )
 from protocols.messages import (
     Heartbeat,
-    Hello,
     Holding,
     LinkMessage,
     Marks,
@@ -36,12 +35,12 @@ from protocols.scalar_terms import ScalarSettings, misfit, round_scalars, terms_
 from protocols.scalars import MAX_AHEAD
 from protocols.vocabulary import (
     MAX_RECORDS_PER_MESSAGE,
-    PROTOCOL_VERSION,
     PeerId,
     Reason,
     ScalarRecord,
 )
-from tests.protocols.scalar_network import BASE, FakeSignatures, Node, ScalarNetwork, everyone_equal
+from tests.protocols.identities import FakeSignatures, hello_of
+from tests.protocols.scalar_network import BASE, Node, ScalarNetwork, everyone_equal
 
 SEEDS = range(3)
 
@@ -498,7 +497,7 @@ def test_a_lie_about_the_round_silences_a_fresh_node_only_for_a_while() -> None:
     network.run(0.25)
     network.add("n1", start=False)
     network.links |= {(PeerId("n0"), PeerId("n1")), (PeerId("n1"), PeerId("n0"))}
-    hello = Hello(PROTOCOL_VERSION, "net", "scalars", "task", bytes(32), ())
+    hello = hello_of("n1", learning="scalars")
     terms = terms_of(network.settings, BASE, ())
     for event in (
         LinkUp(PeerId("n1"), False, ""),

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from node.core import CoreSettings, NodeCore
+from protocols.address_book import Entry
 from protocols.events import (
     Aggregate,
     Aggregated,
@@ -55,6 +56,8 @@ from protocols.view import ViewSettings
 from protocols.vocabulary import ModelRef, PeerId, Reason, SchemaHash
 from sim import checkers as module
 from sim.checkers import RULES, Checkers, Limits, Liveness, Violation, brief
+from sim.signing import SimSignatures
+from tests.protocols.identities import hello_of
 
 NODES = 4
 
@@ -140,11 +143,13 @@ class Arena:
 
     def start(self, node: Node) -> None:
         node.epoch += 1
-        node.core = self.make(self.settings, node.peer, random.Random(f"{node.peer} {node.epoch}"))
+        node.core = self.make(
+            self.settings, node.peer, random.Random(f"{node.peer} {node.epoch}"), SimSignatures(node.peer)
+        )
         self.checkers.started(node.index, node.core, self.time, node.epoch)
         ref = node.kept = node.kept or self.ref(node, 0)
         node.held = {ref.digest}
-        self.handle(node, Started((address(node.peer),), (), ref))
+        self.handle(node, Started((address(node.peer),), (), ref, unix_s=self.time + node.epoch))
 
     def crash(self, node: Node, *, wiped: bool = False) -> None:
         for a, b in sorted(self.links):
@@ -487,7 +492,7 @@ BROKEN: dict[str, tuple[str, Change]] = {
 
 
 def core_hello() -> Hello:
-    return Hello(1, "net", "gossip", "task", bytes(32), ())
+    return hello_of("n1")
 
 
 @pytest.mark.parametrize("what", BROKEN)
@@ -496,7 +501,7 @@ def test_a_core_that_(what: str) -> None:
     # Not yet linked, there are no dials and greetings to break any more after the first steps.
     since = 0 if rule in ("dials", "greeted") else 60
     with pytest.raises(Violation) as caught:
-        Arena(seed=1, make=breaking(change, since), trouble=0.05).run()
+        Arena(seed=2, make=breaking(change, since), trouble=0.05).run()
     assert caught.value.rule == rule, str(caught.value)
     assert f"rule '{rule}' at {caught.value.at_s:.6f} s, node {caught.value.node}: " in str(caught.value)
     assert caught.value.effects, "it ends with the one that is wrong"
@@ -611,7 +616,7 @@ def believe_in_links(core: NodeCore, event: Event, effects: list[Effect]) -> lis
 
 def know_everybody(core: NodeCore, event: Event, effects: list[Effect]) -> list[Effect]:
     for number in range(1_000):
-        core.view._known[PeerId(f"passer-by {number}")] = core.view._known.get(name(0)) or Any
+        core.view._book._entries[PeerId(f"passer-by {number}")] = core.view._book.get(name(0)) or Entry(())
     return effects
 
 

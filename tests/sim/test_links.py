@@ -14,7 +14,20 @@ from protocols.blob import num_chunks
 from protocols.codec import encode
 from protocols.errors import ConfigError, PeerError
 from protocols.events import DialFailed, Fetched, FetchFailed, LinkDown, LinkUp, Received
-from protocols.messages import AskPeers, Bye, Decline, Heartbeat, Hello, LinkMessage, Offer, Peers, Refuse
+from protocols.messages import (
+    Bye,
+    Decline,
+    Heartbeat,
+    LinkMessage,
+    Offer,
+    Peers,
+    Ping,
+    Pong,
+    Refuse,
+    Shuffle,
+    Suspects,
+    Suspicion,
+)
 from protocols.vocabulary import Digest, ModelRef, PeerId, PeerRecord, Reason
 from sim.clock import VirtualClock
 from sim.links import (
@@ -27,10 +40,11 @@ from sim.links import (
     sim_address,
 )
 from sim.nat import Nat, NatClass, NatSettings
+from tests.protocols.identities import hello_of
 
 LATENCY = 0.125
 A, B, C, D = PeerId("a"), PeerId("b"), PeerId("c"), PeerId("d")
-HELLO = Hello(1, "sim", "gossip", "digits", bytes(32), (sim_address(A),))
+HELLO = hello_of(A, sim_address(A), network="sim", task="digits")
 RESET = "the connection was reset"
 
 
@@ -512,7 +526,10 @@ MESSAGES: list[LinkMessage] = [
     Refuse(Reason.TASK, "another task"),
     Heartbeat(0, False),
     Heartbeat(9_999, True),
-    AskPeers(),
+    Shuffle(()),
+    Ping(0),
+    Pong(300, 9_999),
+    Suspects((Suspicion("d", 3),)),
     Peers(()),
     Peers(tuple(PeerRecord(PeerId(f"node-{n}"), (sim_address(A), sim_address(B))) for n in range(16))),
     Offer(ModelRef(bytes(32), 20_000, 0, 1)),
@@ -552,7 +569,8 @@ def test_messages_are_counted_by_their_tag() -> None:
     for message in MESSAGES:
         net.ports[A].send(B, message)
     assert net.network.messages == {
-        "hello": 1, "refuse": 1, "beat": 2, "ask": 1, "peers": 2, "offer": 2, "decline": 1, "bye": 1
+        "hello": 1, "refuse": 1, "beat": 2, "shuffle": 1, "ping": 1, "pong": 1, "suspects": 1, "peers": 2,
+        "offer": 2, "decline": 1, "bye": 1
     }  # fmt: skip
 
 

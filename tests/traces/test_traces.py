@@ -60,9 +60,10 @@ from protocols.events import (
     WorkFailed,
 )
 from protocols.gossip import GossipSettings
-from protocols.messages import Decline, Heartbeat, Hello, LinkMessage, Offer, Peers, Refuse
+from protocols.messages import Decline, Heartbeat, Hello, LinkMessage, Offer, Peers, Refuse, Shuffle
 from protocols.view import ViewSettings
 from protocols.vocabulary import ModelRef, PeerId, Reason, SchemaHash
+from tests.protocols.identities import FakeSignatures
 
 HERE = Path(__file__).parent
 REWRITE = os.environ.get("COVEY_REWRITE_TRACES") == "1"
@@ -81,6 +82,7 @@ class Trace:
         self.now = 0.0
         self.cores: dict[str, NodeCore] = {}
         self.options: dict[str, dict[str, str]] = {}
+        self.lives: dict[str, int] = {}
         self.wires: deque[tuple[str, str, LinkMessage]] = deque()
         self.work: dict[str, Train | Aggregate | Evaluate] = {}
         self.fetches: dict[str, list[Fetch]] = {}
@@ -112,9 +114,10 @@ class Trace:
                 rounds=int(given["rounds"]), quorum=float(given["quorum"]), deadline_s=30, pause_s=60
             ),
         )
-        self.cores[me] = NodeCore(settings, PeerId(me), random.Random(me))
+        self.cores[me] = NodeCore(settings, PeerId(me), random.Random(me), FakeSignatures(me))
         self.fetches[me] = []
-        self.step(me, Started((address(me),), (), self.model(me, f"{me}0", 0)))
+        self.lives[me] = self.lives.get(me, 0) + 1
+        self.step(me, Started((address(me),), (), self.model(me, f"{me}0", 0), unix_s=self.lives[me]))
 
     def do_link(self, a: str, b: str) -> None:
         self.step(a, LinkUp(PeerId(b), True, address(b)))
@@ -238,8 +241,9 @@ class Trace:
                 return f"Refuse {reason.value}: {detail}"
             case Heartbeat(round_, active):
                 return f"Heartbeat round {round_}{'' if active else ', finished'}"
-            case Peers(records):
-                return f"Peers [{', '.join(record.peer for record in records)}]"
+            case Peers(records) | Shuffle(records):
+                told = ", ".join(record.peer + " left" * record.left for record in records)
+                return f"{type(message).__name__} [{told}]"
             case Offer(ref):
                 return f"Offer {self.name(ref)}"
             case Decline(digest, reason):
