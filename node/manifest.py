@@ -53,7 +53,7 @@ OWN: Mapping[str, frozenset[str]] = {
 }
 """Settings of these tables that each device may choose for itself. Whatever is not listed has to agree, and of a table that
 is not listed all but how long a node waits."""
-_ALSO_FROM_LEARNING = {"scalars": frozenset({"protocol"})}
+_ALSO_FROM_LEARNING = {"sampled": frozenset({"protocol"}), "scalars": frozenset({"protocol"})}
 """Of the table `learning`, for a protocol with a table of its own; for others that do not stand here protocol and rule."""
 _DEVICE = frozenset({"threads"})
 """Of the table `training`: what no maker can know of another's machine."""

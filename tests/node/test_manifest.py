@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from node import manifest as module
-from node.config import CONFIG_FILE, Config, LearningConfig, Setting, load_config, parse_config
+from node.config import CONFIG_FILE, Config, LearningConfig, SampledConfig, Setting, load_config, parse_config
 from node.manifest import (
     MANIFEST_FILE,
     MAX_LABEL_CHARS,
@@ -42,7 +42,6 @@ from node.manifest import (
 from node.signatures import Ed25519Signatures, author_of, peer_of_author
 from protocols.errors import ConfigError
 from protocols.messages import Terms
-from protocols.sampling import SampledSettings
 from protocols.scalar_terms import ScalarSettings
 
 ROOT = Path(__file__).parents[2]
@@ -268,7 +267,7 @@ def test_a_huge_file_is_not_read(tmp_path: Path) -> None:
 TABLES = [
     ("gossip", "learning", LearningConfig),
     ("scalars", "scalars", ScalarSettings),
-    ("sampled", "sampled", SampledSettings),
+    ("sampled", "sampled", SampledConfig),
 ]
 
 
@@ -277,7 +276,7 @@ def test_what_scalars_share_are_their_terms() -> None:
     assert shared == set(Terms.__struct_fields__) - {"generator", "base"} | {"direction"}
 
 
-@pytest.mark.parametrize(("table", "kind"), [("scalars", ScalarSettings), ("sampled", SampledSettings)])
+@pytest.mark.parametrize(("table", "kind"), [("scalars", ScalarSettings), ("sampled", SampledConfig)])
 def test_what_is_shared_is_what_its_docstring_marks(table: str, kind: type[msgspec.Struct]) -> None:
     """A star at the end says that it is the same on all nodes."""
     (tree,) = ast.parse(inspect.getsource(kind)).body
