@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -166,14 +167,14 @@ def _judge_failure(outcome: Outcome, scenario: Scenario, watcher: Watcher) -> No
     back_s = next(line.at_s for line in lines if line.action is Action.WAKE)
     outcome.fell_s, outcome.back_s = fell_s, back_s
     moments = sorted(row.at_s for row in watcher.rounds)
-    gaps = [(b, b - a) for a, b in zip(moments, moments[1:], strict=False)]
+    gaps = [(b, b - a) for a, b in pairwise(moments)]
     before = [gap for end_s, gap in gaps if end_s <= fell_s]
     during = [gap for end_s, gap in gaps if fell_s < end_s <= back_s]
     outcome.round_s = statistics.median(before)
     outcome.first_gap_s, outcome.gap_s = during[0], max(during)
     outcome.accuracy_before = next(value for at_s, value in reversed(outcome.accuracy) if at_s <= fell_s)
     outcome.accuracy_during = next(value for at_s, value in reversed(outcome.accuracy) if at_s <= back_s)
-    returned = watcher.silent[max(at_s for at_s in watcher.silent if at_s <= back_s)]
+    returned = watcher.silent[max(at_s for at_s in watcher.silent if at_s < back_s)]
     outcome.returned = len(returned)
     first = max((round_ for at_s, _, round_ in watcher.trained if at_s <= back_s), default=0)
     later: dict[int, int] = {}

@@ -187,10 +187,12 @@ def free_port() -> int:
 
 
 def local_settings(**tables: Mapping[str, Any]) -> dict[str, Any]:
-    """Tables of a daemon on loopback with quick timings; what is given goes on top."""
+    """Tables of a daemon on loopback with quick timings, which looks for nobody; what is given goes on top."""
     settings: dict[str, dict[str, Any]] = {
         "network": {
             "listen": ["/ip4/127.0.0.1/tcp/0"],
+            "mdns": False,
+            "dht": False,
             "heartbeat_s": 1.0,
             "dead_after_s": 5.0,
             "redial_base_s": 0.2,

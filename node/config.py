@@ -77,7 +77,7 @@ class SampledConfig(SampledSettings, frozen=True, forbid_unknown_fields=True, kw
     """Learning with `protocol = "sampled"`: who is drawn, and how a round's models are merged."""
 
     rule: tuple[str | dict[str, Any], ...] = ("mean",)
-    """The merge rules in order, as `learning.rule`. `mean` is FedAvg with equal weights; a robust rule makes sense here."""
+    """The merge rules in order, as `learning.rule`. `mean` is FedAvg with equal weights; a robust rule makes sense here. *"""
 
 
 class TaskConfig(Struct, frozen=True, forbid_unknown_fields=True):

@@ -52,7 +52,7 @@ from protocols.events import (
     TimerFired,
     Train,
 )
-from protocols.messages import Heartbeat, LinkMessage, Offer
+from protocols.messages import Heartbeat, LinkMessage, Offer, Pong
 from protocols.vocabulary import ModelRef, PeerId, Reason
 
 REFUSE_AFTER_S = 1.0
@@ -242,6 +242,8 @@ class Driver:
         assert self._network is not None
         if isinstance(message, Offer) and not self._manners.may_move(message.ref.size_bytes):
             return
+        if isinstance(message, Pong) and self.waiting is not None:
+            return  # its beats say that it is there; who draws a sample passes it over
         if isinstance(message, Heartbeat) and self._stands_still:
             message = msgspec.structs.replace(message, active=False)
         self._telemetry.message("out", str(type(message).__struct_config__.tag))

@@ -46,7 +46,7 @@ def refused(text: str, **environ: str) -> ConfigError:
             "netwrok = 1",
             "netwrok",
             "no such setting",
-            "api, device, exchange, learning, log, network, scalars, task, training",
+            "api, device, exchange, learning, log, network, sampled, scalars, task, training",
         ),
         (
             "[log]\ncolour = true",
@@ -85,7 +85,7 @@ def refused(text: str, **environ: str) -> ConfigError:
         ("[device]\nupload_bytes_per_s = 10", "device", "upload_bytes_per_s 10 is below", ""),
         ("[api]\nport = 70000", "api.port", "expected `int` <= 65535", ""),
         ("[log]\nlevel = 'loud'", "log.level", "'loud' is not one", "debug, info, warning, error"),
-        ("[learning]\nprotocol = 'fed'", "learning.protocol", "'fed' is not one", "gossip, scalars, none"),
+        ("[learning]\nprotocol = 'fed'", "learning.protocol", "'fed' is not one", "gossip, sampled, scalars, none"),
         ("[scalars]\nsample = 3", "scalars.sample", "no such setting", "samples"),
         ("[scalars]\nsamples = 0", "scalars.samples", "expected `int` >= 1", ""),
         ("[scalars]\nsamples = 256", "scalars.samples", "expected `int` <= 255", ""),

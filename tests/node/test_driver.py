@@ -52,7 +52,7 @@ from protocols.events import (
     Trained,
     WorkFailed,
 )
-from protocols.messages import Bye, Heartbeat, Offer
+from protocols.messages import Bye, Heartbeat, Offer, Pong
 from protocols.vocabulary import (
     SIGNATURE_BYTES,
     STATE_ID_BYTES,
@@ -529,6 +529,15 @@ async def test_messages_go_on_and_say_that_nobody_need_wait(guest: Shell) -> Non
     guest.conditions = Conditions()
     guest.driver._look()
     assert guest.network.calls[4:] == [("send", B, beat)]
+
+
+async def test_a_node_that_waits_is_passed_over_where_a_sample_is_drawn(guest: Shell) -> None:
+    guest.perform(Send(A, Pong(1, 3)))
+    assert guest.network.calls == []
+    guest.conditions = Conditions()
+    guest.driver._look()
+    guest.perform(Send(A, Pong(2, 3)))
+    assert guest.network.calls == [("send", A, Pong(2, 3))]
 
 
 async def test_a_node_that_stops_while_it_waits_looks_no_more(guest: Shell) -> None:

@@ -14,8 +14,8 @@ from protocols.vocabulary import PeerId
 from sim.faults import draw_faults
 from sim.swarm import SwarmOutcome, command_of, run_many, run_seed
 
-SEEDS = [2, 6, 8, 10]
-"""A handful of every topology, short ones, that exchange models."""
+SEEDS = [6, 18, 22, 28]
+"""One of every topology, short ones, that learn by gossip."""
 
 
 class CountsTwice(NodeCore):
