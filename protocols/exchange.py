@@ -16,6 +16,7 @@ from protocols.events import (
     FetchFailed,
     FetchGaveUp,
     Forget,
+    LinkDown,
     ModelArrived,
     PeerDown,
     PeerUp,
@@ -326,7 +327,8 @@ class Exchange(Machine):
             return [Send(event.peer, Offer(self._offered[-1]))]
         return []
 
-    def _on_peer_down(self, now: float, event: PeerDown) -> list[Output]:
+    def _on_link_down(self, now: float, event: LinkDown | PeerDown) -> list[Output]:
+        """Of a brief link, which is no neighbour's, only the event tells."""
         del self._strikes[event.peer]
         wanted = self._waiting.get(event.peer)
         if wanted is None or (wanted.taken and self._named_and_live(wanted, {event.peer})):
@@ -339,7 +341,7 @@ class Exchange(Machine):
         FetchFailed: _on_fetch_failed,
         TimerFired: _on_timer,
         PeerUp: _on_peer_up,
-        PeerDown: _on_peer_down,
+        **dict.fromkeys((LinkDown, PeerDown), _on_link_down),
     }
 
 

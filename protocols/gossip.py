@@ -88,7 +88,8 @@ class GossipSettings(Struct, frozen=True, forbid_unknown_fields=True):
     keep_every: Annotated[int, Meta(ge=1)] = 1
     """Rounds between checkpoints; a crash loses at most this many."""
     wait_for_peers: Annotated[int, Meta(ge=0, le=64)] = 0
-    """Learning neighbours to have before the very first round begins; after a restart nobody waits."""
+    """Learning neighbours to have before the very first round begins; after a restart nobody waits. With 1 whoever joins a
+    network that is under way takes its model before it trains; with 0 it first trains a round in vain."""
     wait_at_most_s: Annotated[float, Meta(gt=0, le=86400)] = 60.0
     """The first round begins after this long in any case."""
     catch_up: Literal["replace", "merge", "off"] = "replace"
@@ -97,7 +98,7 @@ class GossipSettings(Struct, frozen=True, forbid_unknown_fields=True):
     catch_up_after: Annotated[int, Meta(ge=1, le=1_000_000)] = 20
     """Rounds behind its neighbours from which a node catches up before it trains or offers anything."""
     catch_up_s: Annotated[float, Meta(gt=0, le=86400)] = 30.0
-    """Longest wait for the neighbours' models then."""
+    """Longest wait for the first of the neighbours' models then. Two more are waited for as long again as that one took."""
     max_staleness: Annotated[int, Meta(ge=0)] = 50
     """A model so many rounds behind is not merged: a newcomer's would drag the others back. 0 merges all. Slow devices are
     not behind in rounds, since they skip those that the others have done."""
@@ -155,6 +156,8 @@ class Gossip(Machine):
         self._has_window = settings.has_window
         self._final = _final_merge(settings, view, exchange, self._new_token)
         self._waited_in_vain = False
+        self._told: set[PeerId] = set()
+        """Who has said where it is, before the very first round."""
         self._token = 0
         self._own: ModelRef | None = None
         self._trained: ModelRef | None = None
@@ -164,6 +167,9 @@ class Gossip(Machine):
         self._merging: tuple[Input, ...] = ()
         self._report: tuple[tuple[str, str | float], ...] = ()
         self._round_began_at = 0.0
+        self._catching_up_since = 0.0
+        self._hurries = False
+        """A model has come to catch up with: others are not waited for as long as it was."""
         self._caught_in_vain_until = 0.0
         self.phase = _WAITING
         self.round = 0
@@ -220,7 +226,15 @@ class Gossip(Machine):
         return [self._timer("company", self._settings.wait_at_most_s)]
 
     def _begin_in_company(self, now: float, event: Event | Notice) -> list[Output]:
-        if self._own is None or len(self._view.live_learners()) < self._settings.wait_for_peers:
+        """Once most of enough neighbours have said where they are, which each does right after its greeting: where there is
+        something to catch up with, a newcomer then trains no round in vain."""
+        assert isinstance(event, Received)
+        if self._own is None:
+            return []
+        self._told.add(event.peer)
+        company = self._view.live_learners()
+        told = sum(peer in self._told for peer in company)
+        if told < self._settings.wait_for_peers or 2 * told <= len(company):
             return []
         return self._begin(now, event)
 
@@ -228,6 +242,7 @@ class Gossip(Machine):
     def _begin(self, now: float, event: Event | Notice) -> list[Output]:
         assert self._own is not None
         self._round_began_at = now
+        self._told.clear()
         if self._is_far_behind(now):
             return self._catch_up(now)
         self.phase = _TRAINING
@@ -293,6 +308,7 @@ class Gossip(Machine):
     def _catch_up(self, now: float) -> list[Output]:
         """Wait for the neighbours' models, which each offers when it links up, and go on from those."""
         self.phase = _CATCHING_UP
+        self._catching_up_since, self._hurries = now, False
         deadline = self._timer("catch up", self._settings.catch_up_s)
         return [deadline, *self._catch_up_if_enough(now, _NOTHING)]
 
@@ -304,8 +320,16 @@ class Gossip(Machine):
     def _catch_up_if_enough(self, now: float, event: Event | Notice) -> list[Output]:
         if self._merging:
             return []  # their merge is under way
+        num_recent = len(self._recent())
         enough = min(WITNESSES, len(self._view.learners()))
-        return self._begin_anew(now) if len(self._recent()) >= max(1, enough) else []
+        if num_recent >= max(1, enough):
+            return self._begin_anew(now)
+        if not num_recent or self._hurries:
+            return []
+        # One that is slow, or whose bytes are wrong, must not hold up a newcomer that could begin.
+        self._hurries = True
+        took_s = max(now - self._catching_up_since, _PATIENCE_S)
+        return [self._timer("catch up", min(took_s, self._settings.catch_up_s))]
 
     def _catch_up_in_time(self, now: float, event: Event | Notice) -> list[Output]:
         if self._merging:
@@ -595,6 +619,8 @@ class Gossip(Machine):
 
 
 _RETRY_S = 5.0
+_PATIENCE_S = 1.0
+"""Least wait for further models to catch up with."""
 WITNESSES = 3
 """Neighbours whose models a node catches up from, where it has as many."""
 MAX_LEAP = 1024
@@ -628,7 +654,7 @@ def _trouble(what: str, event: Event | Notice) -> Output:
 
 _TABLE: dict[tuple[Phase, type], Handler] = {
     (_WAITING, Started): Gossip._start,
-    (_WAITING, PeerUp): Gossip._begin_in_company,
+    (_WAITING, Received): Gossip._begin_in_company,
     (_WAITING, TimerFired): Gossip._begin,
     (_TRAINING, Trained): Gossip._offer_and_collect,
     (_TRAINING, WorkFailed): Gossip._training_failed,

@@ -146,6 +146,10 @@ class _Trainer:
         self.drawing = False
         self.aggregators: dict[PeerId, bool] = {}
         """Of the next round, while they are linked: whether they were told."""
+        self.served: set[PeerId] = set()
+        """Of those, the ones that have the model, or do not want it any more."""
+        self.lacking = False
+        """One of them went before it was told."""
         self.tried: set[PeerId] = set()
         self.attempts = 0
 
@@ -206,6 +210,8 @@ class Sampling(Machine):
         self._failed: dict[PeerId, float] = {}
         """Peers that did not answer, and until when that is taken to be so."""
         self._trainer: _Trainer | None = None
+        self._serving: list[_Trainer] = []
+        """Earlier ones, whose model an aggregator may still be fetching."""
         self._trained_round = 0
         self._claims: dict[PeerId, _Claim] = {}
         self._claimed_round = 0
@@ -218,12 +224,18 @@ class Sampling(Machine):
         """Participants that have not said yet that they have the model."""
         self._reading: dict[int, list[ModelRef]] = {}
         """The models that a piece of work reads, by its token."""
+        self._closing: dict[bytes, tuple[int, list[PeerId]]] = {}
+        """Who trained for an aggregate that nobody else has yet, by its digest, and its round."""
         self._evaluating: tuple[int, ModelRef, int, float] | None = None
         self._evaluate_token = 0
         self._following: ModelRef | None = None
+        self._offers: dict[PeerId, ModelRef] = {}
+        """What neighbours have that this node wants, and has not asked for."""
+        self._gathering = False
         self._news: dict[PeerId, PeerRecord] = {}
         self._flushing = False
         self._census_at = 0.0
+        self._watched_at = 0.0
         self._progress_at = 0.0
         self._settle_token = 0
         self._began = False
@@ -244,7 +256,7 @@ class Sampling(Machine):
         self._exchange.hold(event.ref)
         self._trained_round = max(0, event.ref.round - 1)
         self._closed_round = event.ref.round
-        self._progress_at = now
+        self._progress_at = self._watched_at = now
         out = self._exchange.present(event.ref) if event.ref.round else []
         out += self._see_round(now, event.ref.round)
         for record in self._view.known_records():
@@ -259,7 +271,7 @@ class Sampling(Machine):
 
     def _begin(self, now: float) -> list[Output]:
         """The very first round, which nobody began: whoever is in the sample of round 1 trains its first model."""
-        if self._began or self.round or self._own is None or self.phase is Phase.DONE:
+        if self._began or self.round > 1 or self._own is None or self.phase is Phase.DONE:
             return []
         self._began = True
         sample = self.population.order(1, _NO_BEACON)[: self._settings.sample_size]
@@ -271,7 +283,7 @@ class Sampling(Machine):
     def _begin_when_settled(self, now: float) -> list[Output]:
         """Enough are known, and for a while nobody was added."""
         wanted = self._settings.wait_for_members or self._settings.sample_size
-        if self._began or self.round or len(self.population) < wanted:
+        if self._began or self.round > 1 or len(self.population) < wanted:
             return []
         self._settle_token += 1
         current = self._settle_token
@@ -425,7 +437,15 @@ class Sampling(Machine):
             self._view.let_go(now, peer)
         trainer = self._trainer
         if trainer is not None and peer in trainer.aggregators:
-            out += self._lose_aggregator(now, trainer, peer)
+            # Its link has ended, which need not mean more than that its other end makes room: it is asked once again.
+            if trainer.aggregators[peer]:
+                trainer.aggregators[peer] = False
+                out += self._check_aggregator(now, trainer, peer)
+            else:
+                self._miss_aggregator(now, trainer, peer)
+                out += self._deliver(now, trainer)
+        for each in [each for each in self._serving if peer in each.aggregators]:
+            out += self._stop_serving(now, each, peer)
         return out
 
     def _miss(self, now: float, call: _Call, asked: list[PeerId]) -> list[Output]:
@@ -592,7 +612,7 @@ class Sampling(Machine):
         trainer.attempts += 1
         if trainer.attempts > _MAX_ATTEMPTS:
             return self._end_training(now)
-        trainer.drawing = True
+        trainer.drawing, trainer.lacking = True, False
         order = self.population.order(trainer.round + 1, trainer.beacon)
         order = [peer for peer in order if peer not in trainer.tried]
 
@@ -607,16 +627,19 @@ class Sampling(Machine):
                 trainer.aggregators.setdefault(peer, False)
             return self._deliver(then, trainer)
 
-        return self._draw(now, order, self._settings.aggregators, found)
+        told = sum(trainer.aggregators.values())
+        return self._draw(now, order, max(1, self._settings.aggregators - told), found)
 
     def _deliver(self, now: float, trainer: _Trainer) -> list[Output]:
         """Tell the aggregators of the trained model, once both are there."""
         if trainer.trained is None or trainer.drawing:
             return []
-        for peer in [each for each in trainer.aggregators if each != self._view.me]:
+        for peer in [
+            peer for peer, told in trainer.aggregators.items() if not told and peer != self._view.me
+        ]:
             if not self._view.is_live(peer):  # it went while others were still asked
-                self._forget_aggregator(now, trainer, peer)
-        if not trainer.aggregators:
+                self._miss_aggregator(now, trainer, peer)
+        if trainer.lacking or not trainer.aggregators:
             return self._find_aggregators(now, trainer)
         message = TrainedModel(trainer.trained, trainer.beacon, trainer.heard, trainer.sample)
         out: list[Output] = []
@@ -637,20 +660,20 @@ class Sampling(Machine):
             self._let_go_all(then, alive)
             if trainer is not self._trainer or peer not in trainer.aggregators:
                 return []
-            if alive:
-                return [self._timer(self._settings.ping_s, _later(self._check_aggregator, trainer, peer))]
-            return self._lose_aggregator(then, trainer, peer)
+            if not alive:
+                self._miss_aggregator(then, trainer, peer)
+                trainer.tried.add(peer)
+                return self._deliver(then, trainer)
+            if not trainer.aggregators[peer]:
+                return self._deliver(then, trainer)
+            return [self._timer(self._settings.ping_s, _later(self._check_aggregator, trainer, peer))]
 
         current = trainer is self._trainer and peer in trainer.aggregators
         return self._draw(now, [peer], 1, answered) if current else []
 
-    def _lose_aggregator(self, now: float, trainer: _Trainer, peer: PeerId) -> list[Output]:
-        self._forget_aggregator(now, trainer, peer)
-        return self._deliver(now, trainer)
-
-    def _forget_aggregator(self, now: float, trainer: _Trainer, peer: PeerId) -> None:
+    def _miss_aggregator(self, now: float, trainer: _Trainer, peer: PeerId) -> None:
         del trainer.aggregators[peer]
-        trainer.tried.add(peer)
+        trainer.lacking = True
         self._let_go(now, peer)
 
     def _overdue(self, now: float, trainer: _Trainer) -> list[Output]:
@@ -664,10 +687,14 @@ class Sampling(Machine):
 
     def _on_closed(self, now: float, event: Received) -> list[Output]:
         assert isinstance(event.message, Closed)
+        peer, round_ = event.peer, event.message.round
+        for each in [each for each in self._serving if each.round + 1 == round_ and peer in each.aggregators]:
+            return self._stop_serving(now, each, peer)
         trainer = self._trainer
-        if trainer is None or event.peer not in trainer.tried or event.message.round != trainer.round + 1:
+        if trainer is None or peer not in trainer.tried or round_ != trainer.round + 1:
             return []
-        return [*self._end_training(now), *self._see_round(now, event.message.round)]
+        trainer.served.add(peer)
+        return [*self._end_training(now), *self._see_round(now, round_)]
 
     def _end_training(self, now: float) -> list[Output]:
         """Let go of all that this node's part in a round has held."""
@@ -675,8 +702,43 @@ class Sampling(Machine):
         if trainer is None:
             return []
         self.phase = Phase.WAITING
-        self._let_go_all(now, trainer.aggregators)
-        return self._exchange.release(trainer.trained) if trainer.trained is not None else []
+        if trainer.trained is None:
+            self._let_go_all(now, trainer.aggregators)
+            return []
+        for peer in [peer for peer in trainer.aggregators if peer == self._view.me or peer in trainer.served]:
+            self._let_go(now, peer)
+            del trainer.aggregators[peer]
+        if not trainer.aggregators:
+            return self._exchange.release(trainer.trained)
+        self._serving.append(trainer)
+        return [self._timer(self._settings.deadline_s, _later(self._stop_serving, trainer))]
+
+    def _serve(self, now: float, peer: PeerId, digest: bytes) -> list[Output]:
+        """An aggregator has a trained model."""
+        current = self._trainer
+        if current is not None and current.trained is not None and current.trained.digest == digest:
+            current.served.add(peer)
+        for trainer in self._serving:
+            if (
+                trainer.trained is not None
+                and trainer.trained.digest == digest
+                and peer in trainer.aggregators
+            ):
+                return self._stop_serving(now, trainer, peer)
+        return []
+
+    def _stop_serving(self, now: float, trainer: _Trainer, *peers: PeerId) -> list[Output]:
+        """These aggregators, or all, are not waited for any more."""
+        if trainer not in self._serving:
+            return []
+        for peer in peers or list(trainer.aggregators):
+            self._let_go(now, peer)
+            del trainer.aggregators[peer]
+        if trainer.aggregators:
+            return []
+        self._serving.remove(trainer)
+        assert trainer.trained is not None
+        return self._exchange.release(trainer.trained)
 
     # --- aggregating ------------------------------------------------------------------------------------
     def _on_trained_model(self, now: float, event: Received) -> list[Output]:
@@ -844,16 +906,22 @@ class Sampling(Machine):
         resting = now - collect.began_at < self._settings.pause_s - 1e-9
         if collect.dropped or ref is None or sample is None or (resting and not self._is_over(ref.round)):
             return []
-        contributors = [peer for peer in collect.models if peer != self._view.me]
+        contributors = [peer for peer in {**collect.models, **collect.coming} if peer != self._view.me]
         collect.participants = None
         self._drop_collect(now, collect.round)
         if self._is_over(ref.round):
             out = self._finish(now, ref)
         else:
             out = self._hand_out(now, ref, _agreed(collect.heard[peer] for peer in collect.models), sample)
-        # Said only now: until the next round has its sample, those who trained are the ones to set it right.
-        out += [Send(peer, Closed(ref.round)) for peer in contributors if self._view.is_live(peer)]
+        # Said only once somebody else has the model: until then those who trained are the ones to set it right.
+        self._closing[ref.digest] = ref.round, contributors
+        if ref.digest not in self._waiting_for.values():
+            out += self._say_closed(ref.digest)
         return out + self._exchange.release(ref)
+
+    def _say_closed(self, digest: bytes) -> list[Output]:
+        round_, peers = self._closing.pop(digest, (0, []))
+        return [Send(peer, Closed(round_)) for peer in peers if self._view.is_live(peer)]
 
     def _hand_out(self, now: float, ref: ModelRef, beacon: bytes, sample: list[PeerId]) -> list[Output]:
         """To the participants of the round that the model begins; their links are held until they have it."""
@@ -871,7 +939,8 @@ class Sampling(Machine):
                 self._waiting_for[peer] = ref.digest
                 out.append(Send(peer, message))
         out.append(self._timer(self._settings.deadline_s, _later(self._stop_waiting, ref)))
-        if self._view.me in sample and self._trained_round < ref.round:
+        takes_part = self._view.me in sample and self._trained_round < ref.round
+        if takes_part and self._own is not None and self._own.round <= ref.round:
             out += self._train(now, ref, beacon, ref.digest, message.sample)
         return out
 
@@ -879,7 +948,7 @@ class Sampling(Machine):
         for peer in [peer for peer, digest in self._waiting_for.items() if digest == ref.digest]:
             del self._waiting_for[peer]
             self._view.let_go(now, peer)
-        return self._end_handing_out(ref.digest)
+        return self._say_closed(ref.digest) + self._end_handing_out(ref.digest)
 
     def _end_handing_out(self, digest: bytes) -> list[Output]:
         """Once nobody is waited for any more."""
@@ -892,8 +961,8 @@ class Sampling(Machine):
         if self._waiting_for.get(event.peer) == event.message.digest:
             del self._waiting_for[event.peer]
             self._view.let_go(now, event.peer)
-            return self._end_handing_out(event.message.digest)
-        return []
+            return self._say_closed(event.message.digest) + self._end_handing_out(event.message.digest)
+        return self._serve(now, event.peer, event.message.digest)
 
     def _drop_collect(self, now: float, round_: int) -> list[Output]:
         collect = self._collects.pop(round_)
@@ -934,43 +1003,73 @@ class Sampling(Machine):
         for collect in self._collects.values():
             if collect.coming.get(event.peer) == event.ref:
                 del collect.coming[event.peer]
+        out: list[Output] = []
         if self._following is not None and self._following.digest == event.ref.digest:
             self._following = None
+            out = self._take_offered()
         taking = self._taking
         if taking is None or taking.message.ref.digest != event.ref.digest:
-            return []
+            return out
         # Another aggregator may still have it, or the same one try again.
         self._claims = {
             peer: c for peer, c in self._claims.items() if c.message.ref.digest != event.ref.digest
         }
         self._taking = None
-        return self._choose_claim(now, in_time=False)
+        return out + self._choose_claim(now, in_time=False)
 
     # --- keeping up -------------------------------------------------------------------------------------
     def _on_offer(self, now: float, event: Received) -> list[Output]:
-        """A neighbour has an aggregate. One is fetched that is far ahead of this node's model, or the last."""
+        """A neighbour has an aggregate. For a moment offers are gathered, since several have the same one."""
         assert isinstance(event.message, Offer)
-        peer, ref = event.peer, event.message.ref
-        own = self._own
-        if (
-            own is None
-            or self.phase is Phase.DONE
-            or ref.round <= own.round
-            or not self._is_plausible(ref.round)
-        ):
+        ref = event.message.ref
+        if not self._is_ahead(ref) or not self._is_plausible(ref.round):
             return []
         out = self._see_round(now, ref.round)
-        behind = ref.round - own.round
-        is_new_here = own.round == 0 or behind > self._settings.window
+        if not self._is_wanted(ref):
+            return out
+        self._offers[event.peer] = ref
+        if self._gathering:
+            return out
+        self._gathering = True
+        return [*out, self._timer(_GATHER_S, self._end_gathering)]
+
+    def _is_ahead(self, ref: ModelRef) -> bool:
+        return self._own is not None and self.phase is not Phase.DONE and ref.round > self._own.round
+
+    def _is_wanted(self, ref: ModelRef) -> bool:
+        """An aggregate is fetched that is far ahead of this node's model, or the last."""
+        if self._own is None or not self._is_ahead(ref):
+            return False
+        behind = ref.round - self._own.round
+        is_new_here = self._own.round == 0 or behind > self._settings.window
         is_due = 0 < self._settings.follow_every <= behind
-        if not (is_new_here or is_due or self._is_over(ref.round)):
-            return out
-        if self._following is not None and self._following.round >= ref.round:
-            if self._following.digest == ref.digest:
-                return out + self._exchange.take(peer, ref)
-            return out
-        self._following = ref
-        return out + self._exchange.take(peer, ref)
+        return is_new_here or is_due or self._is_over(ref.round)
+
+    def _end_gathering(self, now: float) -> list[Output]:
+        self._gathering = False
+        return self._take_offered()
+
+    def _take_offered(self) -> list[Output]:
+        """The newest that two neighbours have, which no one liar can outbid, or else the newest; from all who have it."""
+        offers = {
+            peer: ref
+            for peer, ref in self._offers.items()
+            if self._view.is_live(peer) and self._is_wanted(ref)
+        }
+        holders: dict[ModelRef, list[PeerId]] = {}
+        for peer, ref in offers.items():
+            holders.setdefault(ref, []).append(peer)
+        self._offers = offers
+        if not holders:
+            return []
+        best = max(holders, key=lambda ref: (len(holders[ref]) > 1, ref.round))
+        if self._following is not None and self._following.round >= best.round:
+            return []
+        self._following = best
+        # The others' offers are kept for the case that these do not give it.
+        self._offers = {peer: ref for peer, ref in offers.items() if ref != best}
+        first, *others = holders[best]
+        return self._exchange.take(first, best, others)
 
     def _follow(self, now: float, ref: ModelRef) -> list[Output]:
         self._following = None
@@ -1015,6 +1114,9 @@ class Sampling(Machine):
             self._census_at = now
             out += [self._census(peer, answers=False) for peer in self._view.some_neighbours(1)]
         self._progress_at = min(self._progress_at, now)
+        if now - self._watched_at > 2 * self._settings.ping_s:
+            self._progress_at = now  # this node was asleep, and others may have gone on
+        self._watched_at = now
         stalled_s = now - self._progress_at
         if self._own is None or self._busy() or not self.round or stalled_s <= self._settings.patience_s:
             return out
@@ -1025,7 +1127,9 @@ class Sampling(Machine):
         turn_s = self._settings.ping_s * (order.index(self._view.me) / 4 + behind / 8)
         if stalled_s > self._settings.patience_s + turn_s:
             self._progress_at = now
-            if self._is_over(self.round + 1):  # whoever has the last aggregate is gone, or never made it
+            if self._is_over(self.round + 1):
+                if len(self._view.live_learners()) < len(self._view.learners()):
+                    return out  # somebody is done, and will offer the last aggregate
                 return out + self._finish(now, replace(self._own, round=self._settings.rounds + 1))
             ref = replace(self._own, round=self.round + 1)
             self._closed_round = max(self._closed_round, ref.round)
@@ -1169,5 +1273,7 @@ _MAX_ATTEMPTS = 3
 _FAILED_FOR = 20
 """Ping times for which a peer that did not answer is asked last."""
 _SETTLE_S = 3.0
+_GATHER_S = 0.25
+"""For so long offers are gathered: links of a newcomer come up within it."""
 _FLUSH_S = 1.0
 _CENSUS_S = 60.0

@@ -567,9 +567,9 @@ class View(Machine):
         return out
 
     def _is_spent(self, now: float, peer: PeerId, link: _Link) -> bool:
-        """Whoever has dialled a brief link ends it."""
-        idle = now - link.used_at > self._settings.brief_s
-        return link.brief and link.outbound and idle and peer not in self._wanted
+        """Whoever has dialled a brief link ends it; who does not is not put up with for ever."""
+        patience_s = self._settings.brief_s * (1 if link.outbound else PUT_UP_WITH)
+        return link.brief and now - link.used_at > patience_s and peer not in self._wanted
 
     def _ask_about(self, now: float, peer: PeerId, link: _Link) -> list[Output]:
         """SWIM's probe and indirect probes of a neighbour that is silent."""
@@ -1037,6 +1037,8 @@ MAX_NEWS = 256
 MAX_QUESTS = 64
 """Answers that others wait for at one time, after they asked us to reach a peer."""
 MAX_AWAITED = 256
+PUT_UP_WITH = 6
+"""How many times longer than its own a node leaves an idle brief link that another has dialled."""
 FAILURES_TO_SUSPECT = 2
 """Dials in a row, of a peer that was once met, after which it is said to be gone."""
 

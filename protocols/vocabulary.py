@@ -109,7 +109,6 @@ class Reason(StrEnum):
     DUPLICATE = "duplicate"
     LEAVING = "leaving"
     SURPLUS = "surplus"  # a link that has done its service, or makes room for another
-    DEAD = "dead"  # silent, and nobody who was asked could reach it
 
 
 HOSTILE = frozenset(

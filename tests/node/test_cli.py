@@ -379,6 +379,8 @@ STATUS: dict[str, Any] = {
     "live_peers": 2,
     "bytes_sent": 1_500,
     "bytes_received": 2_500_000_000,
+    "month_bytes": 7_000_000,
+    "waiting": "on battery power",
     "refused": {"schema": 2},
 }
 LOG: dict[str, Any] = {
@@ -404,6 +406,9 @@ PEERS: list[dict[str, Any]] = [
         "last_reason": "refused by peer [bold]",
         "addresses": ["/ip4/[blink]/tcp/1/p2p/12D3KooWb[red]"],
         "bootstrap": False,
+        "latency_ms": None,
+        "bytes_sent": 0,
+        "bytes_received": 0,
     },
     {
         "peer": "12D3KooWA",
@@ -413,6 +418,9 @@ PEERS: list[dict[str, Any]] = [
         "last_reason": "",
         "addresses": [f"/ip4/10.0.0.{number}/tcp/4001/p2p/12D3KooWA" for number in range(9)],
         "bootstrap": True,
+        "latency_ms": 12.34,
+        "bytes_sent": 900,
+        "bytes_received": 12_000,
     },
 ]
 
@@ -439,7 +447,8 @@ def test_status_tells_what_the_daemon_does(covey: Covey, answers: list[tuple[str
         "merge    align.activation.probe: 256 own samples",
         "merge    align.activation.moved: 0.8765",
         "accuracy 0.9123  loss not finite",
-        "1.5 kB sent, 2.50 GB received",
+        "waiting  on battery power",
+        "1.5 kB sent, 2.50 GB received, 7.0 MB this month",
         "2 schema",
         "12 s, process 77",
     ):
@@ -451,7 +460,7 @@ def test_peers_lists_the_live_ones_first_and_takes_no_markup_from_strangers(
 ) -> None:
     assert covey("peers", "--json").json == PEERS
     lines = covey("peers").out.splitlines()
-    assert lines[0] == "12D3KooWA live, bootstrap, round 4"
+    assert lines[0] == "12D3KooWA live, bootstrap, round 4, 12.3 ms, 900 B sent, 12.0 kB received"
     assert lines[1].strip() == " ".join(PEERS[1]["addresses"]), "whole, to be copied"
     assert lines[2] == "12D3KooWb[red] backing off, round 0, 3 failures, last: refused by peer [bold]"
     assert lines[3].strip() == "/ip4/[blink]/tcp/1/p2p/12D3KooWb[red]"

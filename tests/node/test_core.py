@@ -269,7 +269,8 @@ def test_one_event_travels_through_all_machines_in_one_step() -> None:
     core = make_core(settings_of(wait_for_peers=1))
     core.step(0, Started((), (), ModelRef(bytes(32), 10, 0, 1)))
     core.step(0, LinkUp(PeerId("a"), False, ""))
-    out = core.step(0, Received(PeerId("a"), hello_of("a")))
+    core.step(0, Received(PeerId("a"), hello_of("a")))
+    out = core.step(0, Received(PeerId("a"), Heartbeat(0, True)))
     assert [effect for effect in out if isinstance(effect, Train)], "greeted, so in company, so it begins"
 
 

@@ -532,6 +532,7 @@ async def test_messages_go_on_and_say_that_nobody_need_wait(guest: Shell) -> Non
 
 
 async def test_a_node_that_waits_is_passed_over_where_a_sample_is_drawn(guest: Shell) -> None:
+    guest.driver._look()
     guest.perform(Send(A, Pong(1, 3)))
     assert guest.network.calls == []
     guest.conditions = Conditions()

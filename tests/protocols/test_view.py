@@ -982,6 +982,8 @@ def test_what_others_say_cuts_no_link_but_reaches_the_suspected() -> None:
     out = beat(view, 5)
     assert not of(Disconnect, out)
     assert news(out, A) == [Suspicion(A, 0)]
+    asked = sent(say(view, B, Shuffle(()), 6), B)[0]
+    assert {record.peer for record in asked.records} == {A}, "and it is named to others as before"
 
 
 def test_two_neighbours_of_a_suspect_do_not_tell_each_other_without_end() -> None:
@@ -1363,13 +1365,21 @@ def test_a_link_that_another_dialled_for_a_moment_is_its_own_to_close() -> None:
     out = link(view, B, 2, outbound=False, brief=True)
     assert not of(PeerUp, out)
     assert states(view)[B] == "brief"
-    for now in range(5, 100, 5):
+    for now in range(5, 60, 5):
         hear(view, [A, B], now)
         assert not of(Disconnect, beat(view, now))
-    assert of(Disconnect, say(view, B, Refuse(Reason.SURPLUS, "done"), 100)) == [
-        Disconnect(B, Reason.SURPLUS)
-    ]
-    assert not of(Emit, view.step(100, LinkDown(B, Reason.SURPLUS)))
+    assert of(Disconnect, say(view, B, Refuse(Reason.SURPLUS, "done"), 60)) == [Disconnect(B, Reason.SURPLUS)]
+    assert not of(Emit, view.step(60, LinkDown(B, Reason.SURPLUS)))
+
+
+def test_who_dialled_for_a_moment_and_stays_is_not_put_up_with_for_ever() -> None:
+    view = full(brief_s=10)
+    link(view, B, 0, outbound=False, brief=True)
+    for now in range(5, 61, 5):
+        hear(view, [A, B], now)
+        assert not of(Disconnect, beat(view, now))
+    hear(view, [A, B], 65)
+    assert of(Disconnect, beat(view, 65)) == [Disconnect(B, Reason.SURPLUS)]
 
 
 def test_links_of_a_moment_and_links_to_keep_are_counted_apart() -> None:

@@ -73,6 +73,15 @@ def test_everybody_finds_a_place_by_one_known_node_and_the_checkers_have_no_comp
     assert min(links[node.index] for node in world.nodes) >= 4
 
 
+def test_links_are_no_more_than_half_as_many_again_as_wanted_once_the_crowd_has_settled() -> None:
+    chosen = scenario(nodes=80, at_most_s=600.0)
+    world = World(chosen)
+    world.run()
+    links = Counter(node for pair in world.overlay().links for node in pair)
+    assert chosen.topology.degree <= links.total() / 80 <= 1.5 * chosen.topology.degree
+    assert max(links.values()) <= 3 * chosen.topology.degree, "the bootstrap node has room for newcomers"
+
+
 def test_a_seed_gives_one_trace() -> None:
     one, same, other = (World(scenario(at_most_s=60.0, seed=seed)).run().trace_hash for seed in (1, 1, 2))
     assert one == same != other

