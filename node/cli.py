@@ -123,7 +123,8 @@ def status(home: Home = DEFAULT_HOME, as_json: Json = False) -> None:
         ("model", metrics or "not evaluated yet"),
         *([("log", _log_line(data["log"]))] if "log" in data else []),
         ("links", str(data["live_peers"])),
-        ("traffic", f"{_bytes(data['bytes_sent'])} sent, {_bytes(data['bytes_received'])} received"),
+        *([("waiting", data["waiting"])] if data["waiting"] else []),
+        ("traffic", f"{_traffic(data)}, {_bytes(data['month_bytes'])} this month"),
         ("refused", ", ".join(f"{n} {reason}" for reason, n in sorted(data["refused"].items())) or "nothing"),
         ("up", f"{data['uptime_s']:.0f} s, process {data['pid']}"),
     ]
@@ -134,7 +135,7 @@ def status(home: Home = DEFAULT_HOME, as_json: Json = False) -> None:
 
 @app.command()
 def peers(home: Home = DEFAULT_HOME, as_json: Json = False) -> None:
-    """Whom the running node knows, and why a link failed."""
+    """Whom the running node knows: state, round, latency, bytes on its link, and why the last one failed."""
     rows = api.call(home, "/peers")
     if as_json:
         print_json(rows)
@@ -143,11 +144,13 @@ def peers(home: Home = DEFAULT_HOME, as_json: Json = False) -> None:
         out.print("no peer known yet")
     for row in sorted(rows, key=lambda row: (row["state"] != "live", row["peer"])):
         state = row["state"] + (", bootstrap" if row["bootstrap"] else "")
+        latency = "" if row["latency_ms"] is None else f", {row['latency_ms']:.1f} ms"
+        moved = f", {_traffic(row)}" if row["bytes_sent"] or row["bytes_received"] else ""
         failed = f", {row['failures']} failures" if row["failures"] else ""
         reason = f", last: {escape(row['last_reason'])}" if row["last_reason"] else ""
         where = " ".join(map(escape, row["addresses"]))
         out.print(
-            f"[bold]{escape(row['peer'])}[/bold] {state}, round {row['round']}{failed}{reason}\n    {where}",
+            f"[bold]{escape(row['peer'])}[/bold] {state}, round {row['round']}{latency}{moved}{failed}{reason}\n    {where}",
             highlight=False,
             soft_wrap=True,
         )
@@ -404,6 +407,10 @@ def _merged(data: dict[str, Any]) -> str:
 def _log_line(log: dict[str, Any]) -> str:
     sealed = f"sealed up to round {log['sealed']['round']}" if log["sealed"] else "nothing sealed yet"
     return f"{log['on_disk']['records']} records, {sealed}, digest {log['log'][:16]}"
+
+
+def _traffic(data: dict[str, Any]) -> str:
+    return f"{_bytes(data['bytes_sent'])} sent, {_bytes(data['bytes_received'])} received"
 
 
 def _figure(value: str | float) -> str:

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from node.api import API_FILE, call
-from node.config import CONFIG_FILE, convert_config, to_toml
+from node.config import CONFIG_FILE, Config, convert_config, load_config, to_toml
 from node.identity import KEY_FILE, create_key, load_key, peer_id_of
 from protocols.errors import LocalError
 from protocols.vocabulary import PeerId
@@ -26,17 +26,28 @@ NODE = (sys.executable, "-m", "node")
 class LocalNode:
     """One daemon and its home. The process is ended by its id, never by name."""
 
-    def __init__(self, home: Path, settings: Mapping[str, Any], program: Sequence[str] = NODE) -> None:
-        """Make the home. `settings` are the tables of `covey.toml`; `program` is run with what `covey` would be given."""
+    def __init__(self, home: Path, settings: Mapping[str, Any] | None, program: Sequence[str] = NODE) -> None:
+        """Make the home, unless it is left to another command to do so: then there are no settings.
+
+        settings: the tables of `covey.toml`. program: what is run with what `covey` would be given.
+        """
         self.home = home
         self._program = program
-        home.mkdir(parents=True, exist_ok=True)
-        self.config = convert_config(dict(settings))
-        (home / CONFIG_FILE).write_text(to_toml(self.config), encoding="utf-8")
-        key_path = home / KEY_FILE
-        key = load_key(key_path) if key_path.exists() else create_key(key_path)
-        self.peer: PeerId = peer_id_of(key)
         self._process: subprocess.Popen[bytes] | None = None
+        home.mkdir(parents=True, exist_ok=True)
+        if settings is None:
+            return
+        (home / CONFIG_FILE).write_text(to_toml(convert_config(dict(settings))), encoding="utf-8")
+        if not (home / KEY_FILE).exists():
+            create_key(home / KEY_FILE)
+
+    @property
+    def config(self) -> Config:
+        return load_config(self.home, {})
+
+    @property
+    def peer(self) -> PeerId:
+        return peer_id_of(load_key(self.home / KEY_FILE))
 
     @property
     def pid(self) -> int | None:
@@ -54,15 +65,15 @@ class LocalNode:
         """All that the daemon wrote so far."""
         return self.log_path.read_text(errors="replace") if self.log_path.exists() else ""
 
-    def start(self) -> None:
-        """Start the daemon; it is up once `status` answers."""
+    def start(self, *command: str) -> None:
+        """Start the daemon; it is up once `status` answers. command: `run`, unless told otherwise."""
         assert not self.running
         (self.home / API_FILE).unlink(missing_ok=True)
         # Two cores serve many daemons here: one thread each, or they fight.
         environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         with self.log_path.open("ab") as log:
             self._process = subprocess.Popen(
-                [*self._program, "run", "--home", str(self.home)],
+                [*self._program, *(command or ("run",)), "--home", str(self.home)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -157,7 +168,7 @@ class Cluster:
     def __init__(self, nodes: Iterable[LocalNode] = ()) -> None:
         self.nodes = list(nodes)
 
-    def add(self, home: Path, settings: Mapping[str, Any], program: Sequence[str] = NODE) -> LocalNode:
+    def add(self, home: Path, settings: Mapping[str, Any] | None, program: Sequence[str] = NODE) -> LocalNode:
         node = LocalNode(home, settings, program)
         self.nodes.append(node)
         return node

@@ -6,7 +6,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -30,6 +30,7 @@ from node.telemetry import Telemetry
 from protocols.errors import ConfigError, LocalError, PeerError
 from protocols.events import Started, WorkFailed
 from protocols.scalars import ScalarLearning
+from protocols.view import PeerStatus
 from protocols.vocabulary import (
     DIGEST_BYTES,
     Checkpoint,
@@ -41,6 +42,11 @@ from protocols.vocabulary import (
 )
 
 LATENESS_PERIOD_S = 0.1
+ALONE_S = 3.0
+"""A node that has found nobody says so after this long, and then after twice as long each time."""
+ALONE_MAX_S = 600.0
+ALONE_PEERS = 4
+"""Peers that are named then."""
 SCRATCH = "scratch"
 """Folder of the home for what is written anew at every start."""
 
@@ -211,6 +217,11 @@ def _round_of(beginning: Beginning) -> int:
     return max(rounds, default=0)
 
 
+def _why(row: PeerStatus) -> str:
+    """Why there is no link with a peer."""
+    return row.last_reason or ("no answer yet" if row.state in ("dialling", "greeting") else row.state)
+
+
 class Daemon:
     """A node from its home to its halt."""
 
@@ -283,6 +294,7 @@ class Daemon:
                 discovery=self._make_discovery(),
                 up_bytes_per_s=device.upload_bytes_per_s,
                 down_bytes_per_s=device.download_bytes_per_s,
+                psk=self._config.network.psk,
             )
             driver.attach(network)
             try:
@@ -298,7 +310,10 @@ class Daemon:
     async def _serve(self, driver: Driver, history: History, beginning: Beginning) -> None:
         self._catch_signals(driver)
         api = self._start_api(driver)
-        lateness = asyncio.create_task(self._watch_lateness())
+        watches = [
+            asyncio.create_task(self._watch_lateness()),
+            asyncio.create_task(self._watch_links(driver)),
+        ]
         try:
             self._telemetry.info(
                 "running",
@@ -311,7 +326,8 @@ class Daemon:
             driver.handle(Started(self._addresses, history.peers(), *beginning, unix_s=now_s))
             await driver.halted.wait()
         finally:
-            lateness.cancel()
+            for watch in watches:
+                watch.cancel()
             if api is not None:
                 await api.stop()
                 (self._home / API_FILE).unlink(missing_ok=True)
@@ -349,7 +365,7 @@ class Daemon:
         app = make_app(
             token=make_token(self._home),
             status=self.status,
-            peers=lambda: [msgspec.to_builtins(row) for row in driver.core.peers()],
+            peers=self.peers,
             rounds=self._history.rounds,
             metrics=self._metrics,
             stop=self._stop_soon,
@@ -376,7 +392,46 @@ class Daemon:
             await asyncio.sleep(LATENESS_PERIOD_S)
             self._lateness_s = max(self._lateness_s, loop.time() - due)
 
+    async def _watch_links(self, driver: Driver) -> None:
+        """A node that reaches nobody says so, and why: soon, and then ever more seldom."""
+        alone_s, say_at_s, pause_s = 0.0, ALONE_S, ALONE_S
+        while True:
+            await asyncio.sleep(ALONE_S)
+            known = driver.core.peers()
+            # Not `num_live`: a link that was refused counts until it is down.
+            if not known or any(row.state == "live" for row in known):
+                alone_s, say_at_s, pause_s = 0.0, ALONE_S, ALONE_S
+                continue
+            alone_s += ALONE_S
+            if alone_s >= say_at_s:
+                pause_s = min(2 * pause_s, ALONE_MAX_S)
+                say_at_s = alone_s + pause_s
+                self._tell_alone(known, alone_s)
+
+    def _tell_alone(self, known: Sequence[PeerStatus], alone_s: float) -> None:
+        """Which peers were tried and what came of it; those of the operator first."""
+        tried = sorted(known, key=lambda row: (not row.bootstrap, row.peer))[:ALONE_PEERS]
+        self._telemetry.warning(
+            "no link to anybody",
+            for_s=round(alone_s),
+            tried=[f"{row.addresses[0] if row.addresses else row.peer}: {_why(row)}" for row in tried],
+            remedy=f"it goes on trying; `covey doctor --home {self._home}` says which step fails",
+        )
+
     # --- what the API tells -----------------------------------------------------------------------------
+    def peers(self) -> list[dict[str, Any]]:
+        """Every known peer as the core sees it, with what its link has measured: bytes since it linked up, round trips."""
+        assert self._driver is not None
+        moved, round_trips_s = self._network.bytes_by_peer(), self._network.round_trips_s()
+        rows = []
+        for status in self._driver.core.peers():
+            row = msgspec.to_builtins(status)
+            row["bytes_sent"], row["bytes_received"] = moved.get(PeerId(status.peer), (0, 0))
+            if round_trip_s := round_trips_s.get(PeerId(status.peer)):
+                row["latency_ms"] = round(round_trip_s * 1e3, 1)
+            rows.append(row)
+        return rows
+
     def status(self) -> dict[str, Any]:
         """The node at a glance."""
         assert self._driver is not None

@@ -173,7 +173,7 @@ class PeerStatus(Struct, frozen=True):
 
     peer: str
     state: str
-    """`live`, `brief`, `greeting`, `dialling`, `known`, `suspected` or `left`."""
+    """`live`, `brief`, `greeting`, `closing`, `dialling`, `known`, `suspected` or `left`."""
     addresses: tuple[str, ...]
     bootstrap: bool
     round: int
@@ -305,7 +305,9 @@ class View(Machine):
 
     def num_live(self) -> int:
         """Neighbours: greeted links that are kept."""
-        return sum(link.hello is not None and not link.brief for link in self._links.values())
+        return sum(
+            link.hello is not None and not link.brief and not link.closing for link in self._links.values()
+        )
 
     def num_known(self) -> int:
         return len(self._book)
@@ -512,10 +514,10 @@ class View(Machine):
         if peer not in self._wanted:
             return out
         entry = self._book.get(peer)
-        had_brief = entry is not None and entry.brief
-        if entry and self._is_free(peer, entry) and not self._stopping:
+        if entry is not None and self._is_free(peer, entry) and not self._stopping:
             # An idle link that ended as it was wanted again, or no room for a link that is kept.
-            if reason is Reason.SURPLUS or (reason is Reason.FULL and not had_brief):
+            had_bad_luck = reason is Reason.SURPLUS or (reason is Reason.FULL and not entry.brief)
+            if had_bad_luck:
                 return [*out, self._dial(entry, brief=True)]
         return [*out, Unreachable(peer, reason)]
 
@@ -1070,6 +1072,8 @@ def _left(entry: Entry) -> bool:
 
 def _state(entry: Entry, link: _Link | None) -> str:
     if link is not None:
+        if link.closing:
+            return "closing"
         return ("brief" if link.brief else "live") if link.hello else "greeting"
     if entry.dialling:
         return "dialling"

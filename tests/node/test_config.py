@@ -85,7 +85,12 @@ def refused(text: str, **environ: str) -> ConfigError:
         ("[device]\nupload_bytes_per_s = 10", "device", "upload_bytes_per_s 10 is below", ""),
         ("[api]\nport = 70000", "api.port", "expected `int` <= 65535", ""),
         ("[log]\nlevel = 'loud'", "log.level", "'loud' is not one", "debug, info, warning, error"),
-        ("[learning]\nprotocol = 'fed'", "learning.protocol", "'fed' is not one", "gossip, sampled, scalars, none"),
+        (
+            "[learning]\nprotocol = 'fed'",
+            "learning.protocol",
+            "'fed' is not one",
+            "gossip, sampled, scalars, none",
+        ),
         ("[scalars]\nsample = 3", "scalars.sample", "no such setting", "samples"),
         ("[scalars]\nsamples = 0", "scalars.samples", "expected `int` >= 1", ""),
         ("[scalars]\nsamples = 256", "scalars.samples", "expected `int` <= 255", ""),
