@@ -76,8 +76,9 @@ class LearningConfig(GossipSettings, frozen=True, forbid_unknown_fields=True, kw
 class SampledConfig(SampledSettings, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Learning with `protocol = "sampled"`: who is drawn, and how a round's models are merged."""
 
-    rule: tuple[str | dict[str, Any], ...] = ("mean",)
-    """The merge rules in order, as `learning.rule`. `mean` is FedAvg with equal weights; a robust rule makes sense here. *"""
+    rule: tuple[str | dict[str, Any], ...] = ("fedavg",)
+    """The merge rules in order, as `learning.rule`. All models of a round have equal weights, and none of them is the
+    aggregator's own: what a rule calls so is the first by peer id. `fedavg` is their mean. *"""
 
 
 class TaskConfig(Struct, frozen=True, forbid_unknown_fields=True):

@@ -113,6 +113,7 @@ class Exchange(Machine):
         self._held: dict[bytes, int] = {}
         self._strikes: Counter[PeerId] = Counter()
         self._next_token = 0
+        self._first_few = 0
         self.open = True
         """Whether models are wanted at all; closed once the node has finished learning."""
         self.heeds_offers = True
@@ -146,7 +147,7 @@ class Exchange(Machine):
         if self.is_coming(ref) or ref.size_bytes > self._max_model_bytes:
             return []
         busy = any(transfer.peer == peer for transfer in self._transfers.values())
-        if busy or len(self._transfers) >= self._settings.max_parallel_fetches:
+        if busy or len(self._transfers) >= self._num_places():
             return []
         return self._begin(_Wanted(peer, ref))
 
@@ -167,6 +168,15 @@ class Exchange(Machine):
                 transfer.wanted = transfer.wanted.joined(wanted)
                 return []
         return self._hand_on(peer, ref) if ref.digest in self._held else self._queue(wanted)
+
+    def hasten(self, count: int) -> None:
+        """Until told otherwise fetch the next so many models first, and the rest after them, one by one; 0 ends the haste."""
+        self._first_few = count
+
+    def _num_places(self) -> int:
+        """Fetches that may run at once."""
+        most = self._settings.max_parallel_fetches
+        return min(self._first_few, most) if self._first_few else most
 
     def hold(self, ref: ModelRef) -> None:
         """Somebody in the core needs this model."""
@@ -243,7 +253,7 @@ class Exchange(Machine):
                 continue  # taken up while giving up on one before it
             if item.ref.digest in self._held:
                 out += self._hand_on(peer, self._waiting.pop(peer).ref)
-            elif len(self._transfers) >= self._settings.max_parallel_fetches:
+            elif len(self._transfers) >= self._num_places():
                 break
             elif not self.is_coming(item.ref):
                 out += self._begin(self._waiting.pop(peer))
@@ -288,6 +298,8 @@ class Exchange(Machine):
         if transfer is None or not transfer.fetching:
             return []
         del self._transfers[event.token]
+        if self._first_few > 1:
+            self._first_few -= 1
         return [*self._hand_on(transfer.peer, transfer.ref), *self._start_waiting()]
 
     def _on_fetch_failed(self, now: float, event: FetchFailed) -> list[Output]:

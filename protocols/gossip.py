@@ -243,6 +243,7 @@ class Gossip(Machine):
         assert self._own is not None
         self._round_began_at = now
         self._told.clear()
+        self._exchange.hasten(0)
         if self._is_far_behind(now):
             return self._catch_up(now)
         self.phase = _TRAINING
@@ -309,6 +310,7 @@ class Gossip(Machine):
         """Wait for the neighbours' models, which each offers when it links up, and go on from those."""
         self.phase = _CATCHING_UP
         self._catching_up_since, self._hurries = now, False
+        self._exchange.hasten(WITNESSES)
         deadline = self._timer("catch up", self._settings.catch_up_s)
         return [deadline, *self._catch_up_if_enough(now, _NOTHING)]
 

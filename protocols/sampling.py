@@ -100,7 +100,8 @@ class SampledSettings(Struct, frozen=True, forbid_unknown_fields=True):
     pause_s: Annotated[float, Meta(ge=0, le=86400)] = 0.0
     """Least time between two aggregates: what keeps a tiny model from spinning."""
     stall_s: Annotated[float, Meta(ge=0, le=86400)] = 0.0
-    """Without a new round for so long the nodes with the latest model begin one; 0 means `deadline_s`."""
+    """Without a new round for so long the nodes with the latest model begin one; 0 means twice the longest of late, between
+    half of `deadline_s` and the whole of it."""
     evaluate_every: Annotated[int, Meta(ge=1)] = 1
     """Rounds; an aggregator evaluates the model it has made."""
     keep_every: Annotated[int, Meta(ge=1)] = 1
@@ -116,10 +117,6 @@ class SampledSettings(Struct, frozen=True, forbid_unknown_fields=True):
     """Nodes that a population holds: all nodes of the network have to be known to each."""
     fanout: Annotated[int, Meta(ge=1, le=64)] = 3
     """Neighbours that are told what is new of others. The rest is repaired when neighbours compare what they know."""
-
-    @property
-    def patience_s(self) -> float:
-        return self.stall_s or self.deadline_s
 
 
 class _Call:
@@ -214,8 +211,9 @@ class Sampling(Machine):
         """Earlier ones, whose model an aggregator may still be fetching."""
         self._trained_round = 0
         self._claims: dict[PeerId, _Claim] = {}
-        self._claimed_round = 0
-        self._taking: _Claim | None = None
+        """The last of each aggregator, of rounds that have not begun here."""
+        self._taking: dict[bytes, list[_Claim]] = {}
+        """Those whose models are being fetched, by digest. Of several rounds at once, for any of them may be invented."""
         self._collects: dict[int, _Collect] = {}
         self._closed_round = 0
         self._handing_out: dict[bytes, ModelRef] = {}
@@ -235,8 +233,12 @@ class Sampling(Machine):
         self._news: dict[PeerId, PeerRecord] = {}
         self._flushing = False
         self._census_at = 0.0
+        self._censused: dict[PeerId, float] = {}
+        """To whom all that differs was told of late, and when."""
         self._watched_at = 0.0
         self._progress_at = 0.0
+        self._longest_s = settings.deadline_s
+        """Between two rounds, of late."""
         self._settle_token = 0
         self._began = False
         self.round = 0
@@ -320,6 +322,8 @@ class Sampling(Machine):
         """A later round is said to be under way. Any neighbour can say so: no work is thrown away for it that goes on well."""
         if round_ <= self.round:
             return []
+        if self.round:
+            self._longest_s = max(_FORGETS * self._longest_s, now - self._progress_at)
         self.round, self._progress_at = round_, now
         self._view.round = round_
         out: list[Output] = []
@@ -369,6 +373,11 @@ class Sampling(Machine):
         own = self._census(peer, answers=True)
         if theirs.digests == self.population.digests or not self._view.is_neighbour(peer):
             return []
+        # The answer may be a thousand times as long: it is not given as often as anybody likes.
+        self._censused = {each: at for each, at in self._censused.items() if now - at < _CENSUS_S / 6}
+        if peer in self._censused:
+            return []
+        self._censused[peer] = now
         out = [] if theirs.answers else [own]
         return out + [
             Send(peer, message) for message in _in_messages(self.population.differing(theirs.digests))
@@ -431,7 +440,6 @@ class Sampling(Machine):
 
     def _on_unreachable(self, now: float, event: Unreachable) -> list[Output]:
         peer = event.peer
-        self._forget_pings([peer])
         out = self._answer(now, peer, False)
         if self._waiting_for.pop(peer, None) is not None:
             self._view.let_go(now, peer)
@@ -502,58 +510,56 @@ class Sampling(Machine):
                 trainer.heard = min(trainer.heard, digest)
                 trainer.beacon = min(trainer.beacon, message.beacon)
             return [Send(peer, Receipt(round_, digest))]
-        if round_ > self._claimed_round:
-            self._claimed_round, self._claims, self._taking = round_, {}, None
-        if round_ < self._claimed_round:
-            return [Send(peer, Receipt(round_, digest))]
         self._claims[peer] = _Claim(peer, message)
         while len(self._claims) > 2 * self._settings.aggregators + _SPARE_CLAIMS:
-            del self._claims[next(iter(self._claims))]
-        return self._choose_claim(now, in_time=True)
+            # A number far ahead displaces none that is near.
+            del self._claims[max(self._claims, key=lambda each: self._claims[each].message.ref.round)]
+        return self._choose_claim(now, round_, in_time=True)
 
-    def _choose_claim(self, now: float, in_time: bool) -> list[Output]:
-        """Three or more aggregators have to agree on the bytes, by more than half of them; with fewer the first counts."""
-        if self._taking is not None or not self._claims:
-            return []
+    def _choose_claim(self, now: float, round_: int, in_time: bool) -> list[Output]:
+        """Three or more aggregators have to agree on the bytes, by more than half of them; with fewer whichever model of the
+        round is here first counts."""
         by_digest: dict[bytes, list[_Claim]] = {}
         for claim in self._claims.values():
-            by_digest.setdefault(claim.message.ref.digest, []).append(claim)
+            if claim.message.ref.round == round_:
+                by_digest.setdefault(claim.message.ref.digest, []).append(claim)
+        if not by_digest or self._settings.aggregators < _COMPARED:
+            return [each for claims in by_digest.values() for each in self._take_claimed(now, claims)]
+        if any(digest in self._taking for digest in by_digest):
+            return []
         most = max(by_digest, key=lambda digest: (len(by_digest[digest]), bytes(255 - b for b in digest)))
-        compared = self._settings.aggregators >= _COMPARED
-        if compared and in_time and 2 * len(by_digest[most]) <= self._settings.aggregators:
-            if len(self._claims) > 1:
-                return []
-            round_ = self._claimed_round
+        agreed = 2 * len(by_digest[most]) > self._settings.aggregators
+        if in_time and not agreed:
+            if sum(map(len, by_digest.values())) > 1:
+                return []  # there is a timer already
+            return [
+                self._timer(self._settings.ping_s, _later(self._choose_claim, round_=round_, in_time=False))
+            ]
+        liars = [claim for digest in by_digest if digest != most and agreed for claim in by_digest[digest]]
+        out: list[Output] = [Penalise(each.peer, Reason.DISAGREES, f"round {round_}") for each in liars]
+        return out + self._take_claimed(now, by_digest[most])
 
-            def give_in(then: float) -> list[Output]:
-                return self._choose_claim(then, in_time=False) if round_ == self._claimed_round else []
-
-            return [self._timer(self._settings.ping_s, give_in)]
-        out: list[Output] = []
-        if compared and 2 * len(by_digest[most]) > self._settings.aggregators:
-            for digest, claims in by_digest.items():
-                if digest != most:
-                    out += [
-                        Penalise(c.peer, Reason.DISAGREES, f"round {self._claimed_round}") for c in claims
-                    ]
-        chosen = by_digest[most]
-        self._taking = chosen[0]
-        ref = chosen[0].message.ref
+    def _take_claimed(self, now: float, claims: list[_Claim]) -> list[Output]:
+        """A model that these have."""
+        ref = claims[0].message.ref
+        if ref.digest in self._taking:
+            return []
         if self._own is not None and self._own.digest == ref.digest:
-            return [*out, *self._start_round(now, ref)]
-        others = tuple(claim.peer for claim in chosen[1:])
-        return out + self._exchange.take(chosen[0].peer, ref, others)
+            return self._start_round(now, ref.digest)
+        self._taking[ref.digest] = claims
+        return self._exchange.take(claims[0].peer, ref, tuple(claim.peer for claim in claims[1:]))
 
-    def _start_round(self, now: float, ref: ModelRef) -> list[Output]:
+    def _start_round(self, now: float, digest: bytes) -> list[Output]:
         """The claimed model is here."""
-        assert self._taking is not None
-        claims = self._claims | {self._taking.peer: self._taking}  # others may have displaced it
-        self._claims, self._taking = {}, None
-        same = [claim.message for claim in claims.values() if claim.message.ref.digest == ref.digest]
+        refs = [each.message.ref for each in self._claims.values() if each.message.ref.digest == digest]
+        if not refs:
+            return []
+        ref = max(refs, key=lambda each: each.round)
+        claims = [each.message for each in self._claims.values() if each.message.ref.round == ref.round]
+        same = [message for message in claims if message.ref.digest == digest]
         beacon = _agreed(message.beacon for message in same)
-        heard = _agreed(claim.message.ref.digest for claim in claims.values())
-        out = [each for peer, claim in claims.items() for each in self._receipt(peer, claim.message.ref)]
-        return out + self._train(now, ref, beacon, heard, same[0].sample)
+        heard = _agreed(message.ref.digest for message in claims)
+        return self._train(now, ref, beacon, heard, same[0].sample)
 
     def _train(
         self, now: float, ref: ModelRef, beacon: bytes, heard: bytes, sample: tuple[str, ...]
@@ -583,10 +589,11 @@ class Sampling(Machine):
 
     def _drop_claims(self, round_: int) -> list[Output]:
         """What is claimed of rounds up to this one comes too late."""
-        if self._claimed_round > round_:
-            return []
-        claims, self._claims, self._taking = self._claims, {}, None
-        return [each for peer, claim in claims.items() for each in self._receipt(peer, claim.message.ref)]
+        late = [each for each in self._claims.values() if each.message.ref.round <= round_]
+        for claim in late:
+            del self._claims[claim.peer]
+            self._taking.pop(claim.message.ref.digest, None)
+        return [each for claim in late for each in self._receipt(claim.peer, claim.message.ref)]
 
     def _receipt(self, peer: PeerId, ref: ModelRef) -> list[Output]:
         """It need not wait for this node any longer."""
@@ -809,7 +816,7 @@ class Sampling(Machine):
         ones found gone are not waited for."""
         there = len(collect.expected - collect.gone - collect.models.keys()) + len(collect.models)
         size = min(self._settings.sample_size, there) if collect.expected else self._settings.sample_size
-        # 0.8 * 10 is a little less than 8.
+        # 0.58 * 50 is a little less than 29.
         return max(1, int(size * self._settings.success_fraction + 1e-9))
 
     def _check_participants(self, now: float, collect: _Collect) -> list[Output]:
@@ -858,7 +865,9 @@ class Sampling(Machine):
         self.phase = Phase.MERGING
         if not rest:
             return out + self._close(now, collect, first)
-        order = Aggregate(collect.token, first, tuple(Input(peer, ref, 0) for peer, ref in rest))
+        # All count alike (MoDeST takes the uniform mean), whatever numbers of samples they claim.
+        inputs = tuple(Input(peer, replace(ref, num_samples=1), 0) for peer, ref in rest)
+        order = Aggregate(collect.token, replace(first, num_samples=1), inputs)
         return [*out, self._work(order, [first, *(ref for _, ref in rest)])]
 
     def _collects_before(self, round_: int) -> list[int]:
@@ -993,8 +1002,8 @@ class Sampling(Machine):
                 collect.models[peer] = ref
                 return [*self._receipt(peer, ref), *self._aggregate_if_enough(now, collect)]
         out: list[Output] = []
-        if self._taking is not None and self._taking.message.ref.digest == ref.digest:
-            out = self._start_round(now, self._taking.message.ref)
+        if self._taking.pop(ref.digest, None):
+            out = self._start_round(now, ref.digest)
         elif self._following is not None and self._following.digest == ref.digest:
             out = self._follow(now, ref)
         return out + self._exchange.release(ref)
@@ -1007,15 +1016,14 @@ class Sampling(Machine):
         if self._following is not None and self._following.digest == event.ref.digest:
             self._following = None
             out = self._take_offered()
-        taking = self._taking
-        if taking is None or taking.message.ref.digest != event.ref.digest:
-            return out
         # Another aggregator may still have it, or the same one try again.
-        self._claims = {
-            peer: c for peer, c in self._claims.items() if c.message.ref.digest != event.ref.digest
-        }
-        self._taking = None
-        return out + self._choose_claim(now, in_time=False)
+        failed = self._taking.pop(event.ref.digest, [])
+        for claim in failed:
+            if self._claims.get(claim.peer) is claim:
+                del self._claims[claim.peer]
+        for round_ in sorted({claim.message.ref.round for claim in failed}):
+            out += self._choose_claim(now, round_, in_time=False)
+        return out
 
     # --- keeping up -------------------------------------------------------------------------------------
     def _on_offer(self, now: float, event: Received) -> list[Output]:
@@ -1091,7 +1099,7 @@ class Sampling(Machine):
     def _finish(self, now: float, ref: ModelRef) -> list[Output]:
         """The last aggregate: every node takes it from a neighbour and tells the others."""
         out = self._end_training(now) + self._adopt(ref)
-        self._claims, self._taking, self._following = {}, None, None
+        self._claims, self._taking, self._following = {}, {}, None
         for round_ in list(self._collects):
             out += self._drop_collect(now, round_)
         out += self._see_round(now, ref.round)
@@ -1118,14 +1126,15 @@ class Sampling(Machine):
             self._progress_at = now  # this node was asleep, and others may have gone on
         self._watched_at = now
         stalled_s = now - self._progress_at
-        if self._own is None or self._busy() or not self.round or stalled_s <= self._settings.patience_s:
+        patience_s = self._patience_s()
+        if self._own is None or self._busy() or not self.round or stalled_s <= patience_s:
             return out
         order = [
             peer for peer in self.population.order(self.round + 1, _NO_BEACON) if not self._view.is_gone(peer)
         ]
         behind = min(self.round - self._own.round, self._settings.window)
         turn_s = self._settings.ping_s * (order.index(self._view.me) / 4 + behind / 8)
-        if stalled_s > self._settings.patience_s + turn_s:
+        if stalled_s > patience_s + turn_s:
             self._progress_at = now
             if self._is_over(self.round + 1):
                 if len(self._view.live_learners()) < len(self._view.learners()):
@@ -1147,6 +1156,10 @@ class Sampling(Machine):
             order = self.population.order(ref.round, ref.digest)
             out += self._draw(now, order, self._settings.sample_size, found)
         return out
+
+    def _patience_s(self) -> float:
+        settings = self._settings
+        return settings.stall_s or min(max(2 * self._longest_s, settings.deadline_s / 2), settings.deadline_s)
 
     def _busy(self) -> bool:
         return bool(self._calls or self._collects) or (
@@ -1236,11 +1249,13 @@ class Sampling(Machine):
     }
 
 
-def _later(function: Callable[..., list[Output]], *args: Any) -> Callable[[float], list[Output]]:
+def _later(
+    function: Callable[..., list[Output]], *args: Any, **kwargs: Any
+) -> Callable[[float], list[Output]]:
     """What to do at a later `now`."""
 
     def then(now: float) -> list[Output]:
-        return function(now, *args)
+        return function(now, *args, **kwargs)
 
     return then
 
@@ -1275,5 +1290,7 @@ _FAILED_FOR = 20
 _SETTLE_S = 3.0
 _GATHER_S = 0.25
 """For so long offers are gathered: links of a newcomer come up within it."""
+_FORGETS = 0.8
+"""With each round, of the longest wait for one."""
 _FLUSH_S = 1.0
 _CENSUS_S = 60.0

@@ -420,7 +420,10 @@ def _with_end(scenario: Scenario, stops_at_s: float) -> Scenario:
         return msgspec.structs.replace(scenario, at_most_s=stops_at_s + after_s + SLACK_S)
     if scenario.learning == "sampled":
         sampled: SampledSettings = scenario.sampled
-        rounds_s = (sampled.rounds + 3) * _round_s(scenario) + sampled.wait_at_most_s * _DRIFT
+        # Few rounds go wrong as badly as one can.
+        work_s = _slowest(scenario) * sum(_durations(scenario)) + 2 * _fetch_s(scenario)
+        usual_s = work_s + (sampled.deadline_s + sampled.pause_s) * _DRIFT
+        rounds_s = sampled.rounds * usual_s + 3 * _round_s(scenario) + sampled.wait_at_most_s * _DRIFT
         return msgspec.structs.replace(
             scenario, at_most_s=stops_at_s + rounds_s + 2 * _links_s(scenario) + SLACK_S
         )
@@ -453,7 +456,12 @@ def _sampled_round_s(scenario: Scenario) -> float:
     """A sample that is looked for until nobody answers, models that come late or not at all, and a round begun anew."""
     sampled = scenario.sampled
     drawing_s = sampled.ping_s * (2 + scenario.nodes / 4)
-    waits_s = 3 * sampled.deadline_s + sampled.patience_s + 2 * drawing_s + max(sampled.pause_s, _REST_S)
+    waits_s = (
+        3 * sampled.deadline_s
+        + (sampled.stall_s or sampled.deadline_s)
+        + 2 * drawing_s
+        + max(sampled.pause_s, _REST_S)
+    )
     return (
         _slowest(scenario) * sum(_durations(scenario)) + waits_s * _DRIFT + 2 * _fetch_s(scenario) + SLACK_S
     )

@@ -165,7 +165,9 @@ def test_waiting_begins_once_enough_learners_are_here() -> None:
     assert rig.step(Started((), (), OWN)) == [SetTimer(Timer("learning", "company", 1), 60)]
     assert rig.link(A) == []
     assert rig.link("helper", learning="none") == []
-    assert rig.link(B) == [Train(2, OWN, 0)]
+    assert rig.beat(A, True) == []
+    assert rig.link(B) == []
+    assert rig.beat(B, True) == [Train(2, OWN, 0)], "its beat says where the others are"
 
 
 def test_waiting_for_company_has_an_end() -> None:
