@@ -770,6 +770,7 @@ def _own_clock(core: NodeCore, limits: Limits) -> float | None:
         Phase.WAITING: settings.wait_at_most_s,
         Phase.COLLECTING: settings.window_s or settings.deadline_s,
         Phase.PAUSING: max(settings.pause_s, _REST_S),
+        Phase.CATCHING_UP: settings.catch_up_s + limits.work_s,
         # Each of its waits ends by the last stage's deadline; in between there is work.
         Phase.FINAL: (_most_stages(core) + 1) * settings.final_deadline_s + limits.work_s,
     }.get(core.phase)
