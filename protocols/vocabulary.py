@@ -9,7 +9,7 @@ from typing import Annotated, NewType
 
 from msgspec import Meta, Struct
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 # --- limits (bytes, counts) -----------------------------------------------------------------------------
 MAX_FRAME_BYTES = 64 * 1024

@@ -250,7 +250,7 @@ async def test_a_daemon_that_was_not_invited_learns_nothing_and_its_doctor_says_
 def frame(*items: object) -> bytes:
     """An array that our own messages cannot hold."""
     body = msgspec.msgpack.encode(items)
-    return struct.pack(">I", len(body) + 1) + b"\x01" + body
+    return struct.pack(">I", len(body) + 1) + bytes([PROTOCOL_VERSION]) + body
 
 
 def inside(key: Ed25519PrivateKey, *messages: LinkMessage) -> bytes:

@@ -56,6 +56,7 @@ from protocols.vocabulary import (
     MAX_ROUND,
     MAX_SAMPLE,
     MAX_SAMPLES,
+    PROTOCOL_VERSION,
     Checkpoint,
     ModelRef,
     PeerRecord,
@@ -74,7 +75,7 @@ SCALARS: list[tuple[Message, list[object], str]] = [
         Terms("philox", D1, 0.5, "constant", 0, "mean", 0.25, 0.99, 0, 20, 2, 1024, 32, bytes(32)),
         ["terms", "philox", D1, 0.5, "constant", 0, "mean", 0.25, 0.99, 0, 20, 2, 1024, 32, bytes(32)],
         (
-            "00000084019fa57465726d73a67068696c6f78c420000102030405060708090a0b0c0d0e0f101112131415161718191a"
+            "00000084029fa57465726d73a67068696c6f78c420000102030405060708090a0b0c0d0e0f101112131415161718191a"
             "1b1c1d1e1fcb3fe0000000000000a8636f6e7374616e7400a46d65616ecb3fd0000000000000cb3fefae147ae147ae00"
             "1402cd040020c4200000000000000000000000000000000000000000000000000000000000000000"
         ),
@@ -83,7 +84,7 @@ SCALARS: list[tuple[Message, list[object], str]] = [
         Scalars(6, (ScalarRecord(AUTHOR, 7, b"\x40\xc0\x00", STATE, SIGNATURE),)),
         ["scalars", 6, [[AUTHOR, 7, b"\x40\xc0\x00", STATE, SIGNATURE]]],
         (
-            "000000890193a77363616c617273069195c420202122232425262728292a2b2c2d2e2f303132333435363738393a3b3c"
+            "000000890293a77363616c617273069195c420202122232425262728292a2b2c2d2e2f303132333435363738393a3b3c"
             "3d3e3f07c40340c000c410000102030405060708090a0b0c0d0e0fc440404142434445464748494a4b4c4d4e4f505152"
             "535455565758595a5b5c5d5e5f606162636465666768696a6b6c6d6e6f707172737475767778797a7b7c7d7e7f"
         ),
@@ -92,7 +93,7 @@ SCALARS: list[tuple[Message, list[object], str]] = [
         Marks(27, 0, CHECKPOINT, None),
         ["marks", 27, 0, CHECKPOINT_ITEMS, None],
         (
-            "0000005a0195a56d61726b731b009414c420000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d"
+            "0000005a0295a56d61726b731b009414c420000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d"
             "1e1f3c94c420ffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffce000111701401c0"
         ),
     ),
@@ -100,19 +101,19 @@ SCALARS: list[tuple[Message, list[object], str]] = [
         Ranges((RoundRange(21, 26, 18, D1),)),
         ["ranges", [[21, 26, 18, D1]]],
         (
-            "000000300192a672616e6765739194151a12c420000102030405060708090a0b0c0d0e0f101112131415161718191a1b"
+            "000000300292a672616e6765739194151a12c420000102030405060708090a0b0c0d0e0f101112131415161718191a1b"
             "1c1d1e1f"
         ),
     ),
     (
         Holding(21, 21, STATE),
         ["holding", 21, 21, STATE],
-        "0000001e0194a7686f6c64696e671515c410000102030405060708090a0b0c0d0e0f",
+        "0000001e0294a7686f6c64696e671515c410000102030405060708090a0b0c0d0e0f",
     ),
     (
         Pull(21, 26, STATE),
         ["pull", 21, 26, STATE],
-        "0000001b0194a470756c6c151ac410000102030405060708090a0b0c0d0e0f",
+        "0000001b0294a470756c6c151ac410000102030405060708090a0b0c0d0e0f",
     ),
 ]
 RECORD = PeerRecord("A", ("/ip4/127.0.0.1/tcp/4001/p2p/A",), 300, False, 7, SIGNATURE)
@@ -126,7 +127,7 @@ MEMBERSHIP: list[tuple[Message, list[object], str]] = [
         Hello(1, "net", "none", "digits", D1, LEAVE, True, ADMISSION),
         ["hello", 1, "net", "none", "digits", D1, LEAVE_ITEMS, True, ADMISSION_ITEMS],
         (
-            "000001600199a568656c6c6f01a36e6574a46e6f6e65a6646967697473c420000102030405060708090a0b0c0d0e0f10"
+            "000001600299a568656c6c6f01a36e6574a46e6f6e65a6646967697473c420000102030405060708090a0b0c0d0e0f10"
             "1112131415161718191a1b1c1d1e1f96a14390cf0001000000000000c300c440404142434445464748494a4b4c4d4e4f"
             "505152535455565758595a5b5c5d5e5f606162636465666768696a6b6c6d6e6f707172737475767778797a7b7c7d7e7f"
             "c39295a36e6574c420000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1fc420ffffffffff"
@@ -140,7 +141,7 @@ MEMBERSHIP: list[tuple[Message, list[object], str]] = [
         Shuffle((RECORD,)),
         ["shuffle", [RECORD_ITEMS]],
         (
-            "000000740192a773687566666c659196a14191bd2f6970342f3132372e302e302e312f7463702f343030312f7032702f"
+            "000000740292a773687566666c659196a14191bd2f6970342f3132372e302e302e312f7463702f343030312f7032702f"
             "41cd012cc207c440404142434445464748494a4b4c4d4e4f505152535455565758595a5b5c5d5e5f6061626364656667"
             "68696a6b6c6d6e6f707172737475767778797a7b7c7d7e7f"
         ),
@@ -149,21 +150,21 @@ MEMBERSHIP: list[tuple[Message, list[object], str]] = [
         Peers((RECORD, LEAVE)),
         ["peers", [RECORD_ITEMS, LEAVE_ITEMS]],
         (
-            "000000c30192a570656572739296a14191bd2f6970342f3132372e302e302e312f7463702f343030312f7032702f41cd"
+            "000000c30292a570656572739296a14191bd2f6970342f3132372e302e302e312f7463702f343030312f7032702f41cd"
             "012cc207c440404142434445464748494a4b4c4d4e4f505152535455565758595a5b5c5d5e5f60616263646566676869"
             "6a6b6c6d6e6f707172737475767778797a7b7c7d7e7f96a14390cf0001000000000000c300c440404142434445464748"
             "494a4b4c4d4e4f505152535455565758595a5b5c5d5e5f606162636465666768696a6b6c6d6e6f707172737475767778"
             "797a7b7c7d7e7f"
         ),
     ),
-    (Ping(300), ["ping", 300], "0000000a0192a470696e67cd012c"),
-    (Pong(300, 7), ["pong", 300, 7], "0000000b0193a4706f6e67cd012c07"),
-    (Probe(301, "B"), ["probe", 301, "B"], "0000000d0193a570726f6265cd012da142"),
-    (Probed(301, True), ["probed", 301, True], "0000000d0193a670726f626564cd012dc3"),
+    (Ping(300), ["ping", 300], "0000000a0292a470696e67cd012c"),
+    (Pong(300, 7), ["pong", 300, 7], "0000000b0293a4706f6e67cd012c07"),
+    (Probe(301, "B"), ["probe", 301, "B"], "0000000d0293a570726f6265cd012da142"),
+    (Probed(301, True), ["probed", 301, True], "0000000d0293a670726f626564cd012dc3"),
     (
         Suspects((Suspicion("B", 300),)),
         ["suspects", [["B", 300]]],
-        "000000120192a873757370656374739192a142cd012c",
+        "000000120292a873757370656374739192a142cd012c",
     ),
 ]
 SAMPLED: list[tuple[Message, list[object], str]] = [
@@ -171,7 +172,7 @@ SAMPLED: list[tuple[Message, list[object], str]] = [
         Census(bytes(range(256)), True),
         ["census", bytes(range(256)), True],
         (
-            "0000010d0193a663656e737573c50100000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f"
+            "0000010d0293a663656e737573c50100000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f"
             "202122232425262728292a2b2c2d2e2f303132333435363738393a3b3c3d3e3f404142434445464748494a4b4c4d4e4f"
             "505152535455565758595a5b5c5d5e5f606162636465666768696a6b6c6d6e6f707172737475767778797a7b7c7d7e7f"
             "808182838485868788898a8b8c8d8e8f909192939495969798999a9b9c9d9e9fa0a1a2a3a4a5a6a7a8a9aaabacadaeaf"
@@ -183,7 +184,7 @@ SAMPLED: list[tuple[Message, list[object], str]] = [
         TrainedModel(ModelRef(D2, 70_000, 7, 1_000), D1, D2, ("A", "B")),
         ["trained", [D2, 70_000, 7, 1_000], D1, D2, ["A", "B"]],
         (
-            "0000007f0195a7747261696e656494c420ffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff"
+            "0000007f0295a7747261696e656494c420ffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff"
             "ffce0001117007cd03e8c420000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1fc420ffff"
             "ffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff92a141a142"
         ),
@@ -192,7 +193,7 @@ SAMPLED: list[tuple[Message, list[object], str]] = [
         AggregatedModel(ModelRef(D2, 70_000, 7, 1_000), D1, ("A",)),
         ["aggregated", [D2, 70_000, 7, 1_000], D1, ["A"]],
         (
-            "0000005e0194aa6167677265676174656494c420ffffffffffffffffffffffffffffffffffffffffffffffffffffffff"
+            "0000005e0294aa6167677265676174656494c420ffffffffffffffffffffffffffffffffffffffffffffffffffffffff"
             "ffffffffce0001117007cd03e8c420000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f91"
             "a141"
         ),
@@ -201,14 +202,14 @@ SAMPLED: list[tuple[Message, list[object], str]] = [
         Receipt(300, D1),
         ["receipt", 300, D1],
         (
-            "0000002f0193a772656365697074cd012cc420000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c"
+            "0000002f0293a772656365697074cd012cc420000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c"
             "1d1e1f"
         ),
     ),
     (
         Closed(300),
         ["closed", 300],
-        "0000000c0192a6636c6f736564cd012c",
+        "0000000c0292a6636c6f736564cd012c",
     ),
 ]
 # One of each message: the struct, the array on the wire, the whole frame.
@@ -217,7 +218,7 @@ GOLDEN: list[tuple[Message, list[object], str]] = [
         Hello(1, "net", "gossip", "digits", D1, RECORD, False, None),
         ["hello", 1, "net", "gossip", "digits", D1, RECORD_ITEMS, False, None],
         (
-            "000000a80199a568656c6c6f01a36e6574a6676f73736970a6646967697473c420000102030405060708090a0b0c0d0e"
+            "000000a80299a568656c6c6f01a36e6574a6676f73736970a6646967697473c420000102030405060708090a0b0c0d0e"
             "0f101112131415161718191a1b1c1d1e1f96a14191bd2f6970342f3132372e302e302e312f7463702f343030312f7032"
             "702f41cd012cc207c440404142434445464748494a4b4c4d4e4f505152535455565758595a5b5c5d5e5f606162636465"
             "666768696a6b6c6d6e6f707172737475767778797a7b7c7d7e7fc2c0"
@@ -226,15 +227,15 @@ GOLDEN: list[tuple[Message, list[object], str]] = [
     (
         Refuse(Reason.FULL, "no room"),
         ["refuse", "full", "no room"],
-        "000000160193a6726566757365a466756c6ca76e6f20726f6f6d",
+        "000000160293a6726566757365a466756c6ca76e6f20726f6f6d",
     ),
-    (Heartbeat(300, True), ["beat", 300, True], "0000000b0193a462656174cd012cc3"),
+    (Heartbeat(300, True), ["beat", 300, True], "0000000b0293a462656174cd012cc3"),
     *MEMBERSHIP,
     (
         Offer(ModelRef(D2, 70_000, 7, 1_000)),
         ["offer", [D2, 70_000, 7, 1_000]],
         (
-            "000000340192a56f6666657294c420ffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffce"
+            "000000340292a56f6666657294c420ffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffce"
             "0001117007cd03e8"
         ),
     ),
@@ -242,27 +243,27 @@ GOLDEN: list[tuple[Message, list[object], str]] = [
         Decline(D1, Reason.TOO_LARGE),
         ["decline", D1, "too_large"],
         (
-            "000000360193a76465636c696e65c420000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f"
+            "000000360293a76465636c696e65c420000102030405060708090a0b0c0d0e0f101112131415161718191a1b1c1d1e1f"
             "a9746f6f5f6c61726765"
         ),
     ),
-    (Bye(), ["bye"], "000000060191a3627965"),
+    (Bye(), ["bye"], "000000060291a3627965"),
     *SCALARS,
     *SAMPLED,
     (
         FetchRequest(D2, 3, 2),
         ["fetch", D2, 3, 2],
-        "0000002c0194a56665746368c420ffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff0302",
+        "0000002c0294a56665746368c420ffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff0302",
     ),
     (
         FetchHeader(1_048_577, (D1, D2)),
         ["header", 1_048_577, [D1, D2]],
         (
-            "000000530193a6686561646572ce0010000192c420000102030405060708090a0b0c0d0e0f101112131415161718191a"
+            "000000530293a6686561646572ce0010000192c420000102030405060708090a0b0c0d0e0f101112131415161718191a"
             "1b1c1d1e1fc420ffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffffff"
         ),
     ),
-    (FetchRefused(Reason.GONE), ["refused", "gone"], "0000000f0192a772656675736564a4676f6e65"),
+    (FetchRefused(Reason.GONE), ["refused", "gone"], "0000000f0292a772656675736564a4676f6e65"),
 ]
 
 
@@ -270,7 +271,7 @@ def decoder_for(message: Message) -> FrameDecoder:
     return link_decoder() if isinstance(message, LinkMessage) else fetch_decoder()
 
 
-def frame(body: bytes, version: int = 1) -> bytes:
+def frame(body: bytes, version: int = PROTOCOL_VERSION) -> bytes:
     return (len(body) + 1).to_bytes(4, "big") + bytes([version]) + body
 
 
@@ -399,7 +400,7 @@ def test_the_bytes_of_each_message_never_change(message: Message, items: list[ob
     assert data.hex() == golden
     assert list(decoder_for(message).feed(bytes.fromhex(golden))) == [message]
     assert int.from_bytes(data[:4], "big") == len(data) - 4
-    assert data[4] == 1
+    assert data[4] == PROTOCOL_VERSION
     assert msgpack.unpackb(data[5:]) == items, "another implementation reads the same array, tag first"
     assert msgpack.packb(items) == data[5:], "and would write the same bytes"
 
@@ -491,7 +492,7 @@ def test_a_stream_that_ends_inside_a_frame_is_truncated() -> None:
 
 
 def test_another_wire_version_is_said_to_be_one() -> None:
-    for version in (0, 2, 255):
+    for version in (0, 1, 3, 255):
         assert refusal(frame(msgpack.packb(["bye"]), version)) is Reason.VERSION
 
 
