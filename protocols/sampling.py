@@ -4,17 +4,18 @@ Every node works out from the population, the round and a beacon who trains and 
 is passed over. Sources: MoDeST and Plexus (arXiv 2302.13837). What is our own: several peers are asked at once and
 taken in order, the order depends on a beacon that nobody can foresee, records are signed by their owners, aggregators
 are compared where there are three or more, a round number that leaps is not believed, and a network whose whole sample
-vanished goes on by itself (docs/decisions/0020).
+vanished goes on by itself (docs/decisions/0021).
 
     aggregate k --> its participants train round k --> aggregators of k + 1 --> aggregate k + 1 --> ...
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Iterable, Mapping
+from typing import Annotated, ClassVar, Literal
 
 from msgspec import Meta, Struct
 from msgspec.structs import replace
 
+from protocols.asking import Asking
 from protocols.events import (
     Aggregate,
     Aggregated,
@@ -34,10 +35,8 @@ from protocols.events import (
     RecordHeard,
     RoundDone,
     Send,
-    SetTimer,
     Started,
     StopRequested,
-    Timer,
     TimerFired,
     Train,
     Trained,
@@ -53,16 +52,16 @@ from protocols.messages import (
     Closed,
     Heartbeat,
     Offer,
-    Peers,
     Pong,
     Receipt,
     TrainedModel,
 )
-from protocols.population import ORDERS, Draw, Population
+from protocols.population import ORDERS, Population
+from protocols.spreading import Spreading
+from protocols.timers import Timers
 from protocols.view import View
 from protocols.vocabulary import (
     DIGEST_BYTES,
-    MAX_PEERS_PER_MESSAGE,
     MAX_SAMPLE,
     ModelRef,
     PeerId,
@@ -70,7 +69,6 @@ from protocols.vocabulary import (
     Reason,
 )
 
-Then = Callable[[float, list[PeerId]], list[Output]]
 Share = Annotated[float, Meta(gt=0, le=1)]
 
 
@@ -117,16 +115,6 @@ class SampledSettings(Struct, frozen=True, forbid_unknown_fields=True):
     """Nodes that a population holds: all nodes of the network have to be known to each."""
     fanout: Annotated[int, Meta(ge=1, le=64)] = 3
     """Neighbours that are told what is new of others. The rest is repaired when neighbours compare what they know."""
-
-
-class _Call:
-    """A sample that is being drawn, and what comes after."""
-
-    def __init__(self, draw: Draw, then: Then) -> None:
-        self.draw = draw
-        self.then = then
-        self.reached: dict[PeerId, None] = {}
-        """Peers that the view was asked to reach, and that have not been let go."""
 
 
 class _Trainer:
@@ -199,13 +187,9 @@ class Sampling(Machine):
         exchange.heeds_offers = False
         self.population = Population(view.me, settings.max_members, settings.window, ORDERS[settings.order])
         self._own: ModelRef | None = None
-        self._token = 0
-        self._due: dict[int, Callable[[float], list[Output]]] = {}
-        """What a timer is for, by its token."""
-        self._calls: list[_Call] = []
-        self._pings: dict[int, PeerId] = {}
-        self._failed: dict[PeerId, float] = {}
-        """Peers that did not answer, and until when that is taken to be so."""
+        self._timers = Timers("sampling")
+        self._asking = Asking(view, self.population, self._timers, settings.ping_s)
+        self._spreading = Spreading(view, self.population, self._timers, settings.fanout)
         self._trainer: _Trainer | None = None
         self._serving: list[_Trainer] = []
         """Earlier ones, whose model an aggregator may still be fetching."""
@@ -230,11 +214,6 @@ class Sampling(Machine):
         self._offers: dict[PeerId, ModelRef] = {}
         """What neighbours have that this node wants, and has not asked for."""
         self._gathering = False
-        self._news: dict[PeerId, PeerRecord] = {}
-        self._flushing = False
-        self._census_at = 0.0
-        self._censused: dict[PeerId, float] = {}
-        """To whom all that differs was told of late, and when."""
         self._watched_at = 0.0
         self._progress_at = 0.0
         self._longest_s = settings.deadline_s
@@ -266,9 +245,9 @@ class Sampling(Machine):
         self.population.take(self._view.record)
         if self._is_over(event.ref.round):
             return [*out, *self._finish(now, event.ref)]
-        out.append(self._timer(self._settings.ping_s, self._watch))
+        out.append(self._timers.set(self._settings.ping_s, self._watch))
         if not event.ref.round:
-            out.append(self._timer(self._settings.wait_at_most_s, self._begin))
+            out.append(self._timers.set(self._settings.wait_at_most_s, self._begin))
         return out
 
     def _begin(self, now: float) -> list[Output]:
@@ -293,7 +272,7 @@ class Sampling(Machine):
         def settled(then: float) -> list[Output]:
             return self._begin(then) if current == self._settle_token else []
 
-        return [self._timer(_SETTLE_S, settled)]
+        return [self._timers.set(_SETTLE_S, settled)]
 
     def _on_stop(self, now: float, event: StopRequested) -> list[Output]:
         return [Keep(self._own)] if self._own is not None else []
@@ -340,107 +319,33 @@ class Sampling(Machine):
     def _heard(self, now: float, record: PeerRecord) -> list[Output]:
         if record.round > self.round + self._settings.window and not self._is_plausible(record.round):
             return []  # it would count as active for as long as it likes
-        if not self.population.take(record, hold=bool(self._calls or self._collects)):
+        if not self.population.take(record, hold=not self._is_idle()):
             return []
-        self._failed.pop(PeerId(record.peer), None)
-        self._news[PeerId(record.peer)] = record
-        out = self._begin_when_settled(now)
-        if not self._flushing:
-            self._flushing = True
-            out.append(self._timer(_FLUSH_S, self._flush))
-        return out
+        self._asking.heard_of(PeerId(record.peer))
+        return self._begin_when_settled(now) + self._spreading.tell(record)
 
-    def _flush(self, now: float) -> list[Output]:
-        """What is new, to a few neighbours; each passes on what is new to it."""
-        self._flushing = False
-        news, self._news = list(self._news.values()), {}
-        peers = self._view.some_neighbours(self._settings.fanout)
-        return [Send(peer, message) for message in _in_messages(news) for peer in peers]
+    def _is_idle(self) -> bool:
+        """Whether no sample is drawn that a newcomer would change under its feet."""
+        return not self._asking.calls and not self._collects
 
     def _on_peer_up(self, now: float, event: PeerUp) -> list[Output]:
-        # One of the two begins; the other answers with its own.
-        begins = [self._census(event.peer, answers=False)] if self._view.me < event.peer else []
-        return [*begins, *self._begin_when_settled(now)]
-
-    def _census(self, peer: PeerId, answers: bool) -> Output:
-        self.population.take(self._view.record)
-        return Send(peer, Census(self.population.digests, answers))
+        return self._spreading.greet(event.peer) + self._begin_when_settled(now)
 
     def _on_census(self, now: float, event: Received) -> list[Output]:
-        """What two neighbours do not know alike, each tells the other."""
         assert isinstance(event.message, Census)
-        peer, theirs = event.peer, event.message
-        own = self._census(peer, answers=True)
-        if theirs.digests == self.population.digests or not self._view.is_neighbour(peer):
-            return []
-        # The answer may be a thousand times as long: it is not given as often as anybody likes.
-        self._censused = {each: at for each, at in self._censused.items() if now - at < _CENSUS_S / 6}
-        if peer in self._censused:
-            return []
-        self._censused[peer] = now
-        out = [] if theirs.answers else [own]
-        return out + [
-            Send(peer, message) for message in _in_messages(self.population.differing(theirs.digests))
-        ]
+        return self._spreading.on_census(now, event.peer, event.message)
 
-    # --- drawing a sample -------------------------------------------------------------------------------
-    def _draw(self, now: float, order: Sequence[PeerId], count: int, then: Then) -> list[Output]:
-        """SAMPLE: find the first so many in order who are there, and go on with them. They stay linked until let go."""
-        for peer in [peer for peer, until in self._failed.items() if until <= now]:
-            del self._failed[peer]
-        gone = [peer for peer in order if peer in self._failed or self._view.is_gone(peer)]
-        call = _Call(Draw(order, count, gone), then)
-        self._calls.append(call)
-        return self._go_on(now, call)
-
-    def _go_on(self, now: float, call: _Call) -> list[Output]:
-        """Ask as many as it takes, and end the call once its sample is found."""
-        out: list[Output] = []
-        while asked := call.draw.ask():
-            if self._view.me in asked:
-                call.draw.answered(self._view.me, True)
-            others = [peer for peer in asked if peer != self._view.me]
-            for peer in others:
-                call.reached[peer] = None
-                record = self.population.get(peer)
-                out += self._view.reach(now, peer, record.addresses if record else ())
-            if others:
-                out.append(self._timer(self._settings.ping_s, _later(self._miss, call, others)))
-                out.append(self._timer(self._settings.ping_s / 4, _later(self._doubt, call)))
-        sample = call.draw.sample()
-        if sample is None or call not in self._calls:
-            return out
-        self._calls.remove(call)
-        self._forget_pings({peer for peer in call.reached if not self._is_awaited(peer)})
-        for peer in call.reached:
-            if peer not in sample:
-                self._view.let_go(now, peer)
-        out += call.then(now, sample)
-        if not self._calls:
-            self.population.fold()
-        return out
-
+    # --- who is there -----------------------------------------------------------------------------------
     def _on_reached(self, now: float, event: Reached) -> list[Output]:
-        """Linked is not yet alive: a machine that hangs keeps its links for a while."""
-        if not self._is_awaited(event.peer):
-            return []
-        self._token += 1
-        self._pings[self._token] = event.peer
-        return [self._ping(event.peer)]
-
-    def _ping(self, peer: PeerId) -> Output:
-        return self._view.ping(peer, self._token)
+        return self._asking.reached(event.peer)
 
     def _on_pong(self, now: float, event: Received) -> list[Output]:
         assert isinstance(event.message, Pong)
-        if self._pings.get(event.message.token) != event.peer:
-            return []
-        del self._pings[event.message.token]
-        return self._answer(now, event.peer, True)
+        return self._asking.answered(now, event.peer, event.message.token)
 
     def _on_unreachable(self, now: float, event: Unreachable) -> list[Output]:
         peer = event.peer
-        out = self._answer(now, peer, False)
+        out = self._asking.unreachable(now, peer)
         if self._waiting_for.pop(peer, None) is not None:
             self._view.let_go(now, peer)
         trainer = self._trainer
@@ -454,43 +359,6 @@ class Sampling(Machine):
                 out += self._deliver(now, trainer)
         for each in [each for each in self._serving if peer in each.aggregators]:
             out += self._stop_serving(now, each, peer)
-        return out
-
-    def _miss(self, now: float, call: _Call, asked: list[PeerId]) -> list[Output]:
-        """Time is up for those who were asked together. Whoever answered after the sample was found counts as there."""
-        late = [peer for peer in asked if call in self._calls and call.draw.awaits(peer)]
-        for peer in late:
-            self._failed[peer] = now + _FAILED_FOR * self._settings.ping_s
-            call.draw.answered(peer, False)
-        self._forget_pings({peer for peer in asked if not self._is_awaited(peer)})
-        return self._go_on(now, call) if late else []
-
-    def _is_awaited(self, peer: PeerId) -> bool:
-        return any(call.draw.awaits(peer) for call in self._calls)
-
-    def _forget_pings(self, peers: Collection[PeerId]) -> None:
-        """Their answers mean nothing any more."""
-        self._pings = {token: peer for token, peer in self._pings.items() if peer not in peers}
-
-    def _doubt(self, now: float, call: _Call) -> list[Output]:
-        """Those who seem to be gone had their chance."""
-        if call not in self._calls:
-            return []
-        call.draw.give_up_doubtful()
-        self._forget_pings({peer for peer in call.reached if not self._is_awaited(peer)})
-        return self._go_on(now, call)
-
-    def _answer(self, now: float, peer: PeerId, alive: bool) -> list[Output]:
-        out: list[Output] = []
-        if alive:
-            self._failed.pop(peer, None)
-        for call in list(self._calls):
-            if call.draw.awaits(peer):
-                if not alive:
-                    self._failed[peer] = now + _FAILED_FOR * self._settings.ping_s
-                call.draw.answered(peer, alive)
-                out += self._go_on(now, call)
-        self._forget_pings([peer])
         return out
 
     # --- training ---------------------------------------------------------------------------------------
@@ -532,9 +400,7 @@ class Sampling(Machine):
         if in_time and not agreed:
             if sum(map(len, by_digest.values())) > 1:
                 return []  # there is a timer already
-            return [
-                self._timer(self._settings.ping_s, _later(self._choose_claim, round_=round_, in_time=False))
-            ]
+            return [self._timers.set(self._settings.ping_s, self._choose_claim, round_, False)]
         liars = [claim for digest in by_digest if digest != most and agreed for claim in by_digest[digest]]
         out: list[Output] = [Penalise(each.peer, Reason.DISAGREES, f"round {round_}") for each in liars]
         return out + self._take_claimed(now, by_digest[most])
@@ -569,7 +435,7 @@ class Sampling(Machine):
         self._trained_round = ref.round
         out += self._see_round(now, ref.round)
         trainer = self._trainer = _Trainer(ref.round, beacon, heard, sample)
-        trainer.token = self._new_token()
+        trainer.token = self._timers.new_token()
         self.phase = Phase.TRAINING
         # Its aggregators are looked for while it trains.
         train = self._work(Train(trainer.token, ref, ref.round), [ref])
@@ -609,7 +475,7 @@ class Sampling(Machine):
         record = RoundDone(
             round=trainer.round, num_merged=0, staleness_max=0, metrics={}, duration_s=now - self._progress_at
         )
-        deadline = self._timer(self._settings.deadline_s, _later(self._overdue, trainer))
+        deadline = self._timers.set(self._settings.deadline_s, self._overdue, trainer)
         return [Emit(record), deadline, *self._worked(event.token), *self._deliver(now, trainer)]
 
     def _find_aggregators(self, now: float, trainer: _Trainer) -> list[Output]:
@@ -635,7 +501,7 @@ class Sampling(Machine):
             return self._deliver(then, trainer)
 
         told = sum(trainer.aggregators.values())
-        return self._draw(now, order, max(1, self._settings.aggregators - told), found)
+        return self._asking.draw(now, order, max(1, self._settings.aggregators - told), found)
 
     def _deliver(self, now: float, trainer: _Trainer) -> list[Output]:
         """Tell the aggregators of the trained model, once both are there."""
@@ -655,7 +521,7 @@ class Sampling(Machine):
             trainer.tried.add(peer)
             if peer != self._view.me:
                 out.append(Send(peer, message))
-                out.append(self._timer(self._settings.ping_s, _later(self._check_aggregator, trainer, peer)))
+                out.append(self._timers.set(self._settings.ping_s, self._check_aggregator, trainer, peer))
         if self._view.me in trainer.aggregators:
             out += self._contribute(now, self._view.me, message)
         return out
@@ -673,10 +539,10 @@ class Sampling(Machine):
                 return self._deliver(then, trainer)
             if not trainer.aggregators[peer]:
                 return self._deliver(then, trainer)
-            return [self._timer(self._settings.ping_s, _later(self._check_aggregator, trainer, peer))]
+            return [self._timers.set(self._settings.ping_s, self._check_aggregator, trainer, peer)]
 
         current = trainer is self._trainer and peer in trainer.aggregators
-        return self._draw(now, [peer], 1, answered) if current else []
+        return self._asking.draw(now, [peer], 1, answered) if current else []
 
     def _miss_aggregator(self, now: float, trainer: _Trainer, peer: PeerId) -> None:
         del trainer.aggregators[peer]
@@ -689,7 +555,7 @@ class Sampling(Machine):
             return []
         if self.round > trainer.round:
             return self._end_training(now)
-        deadline = self._timer(self._settings.deadline_s, _later(self._overdue, trainer))
+        deadline = self._timers.set(self._settings.deadline_s, self._overdue, trainer)
         return [deadline, *self._find_aggregators(now, trainer)]
 
     def _on_closed(self, now: float, event: Received) -> list[Output]:
@@ -718,7 +584,7 @@ class Sampling(Machine):
         if not trainer.aggregators:
             return self._exchange.release(trainer.trained)
         self._serving.append(trainer)
-        return [self._timer(self._settings.deadline_s, _later(self._stop_serving, trainer))]
+        return [self._timers.set(self._settings.deadline_s, self._stop_serving, trainer)]
 
     def _serve(self, now: float, peer: PeerId, digest: bytes) -> list[Output]:
         """An aggregator has a trained model."""
@@ -787,8 +653,8 @@ class Sampling(Machine):
     def _begin_collecting(self, now: float, collect: _Collect) -> list[Output]:
         """Who will train next is looked for while this round's models come in."""
         out = [
-            self._timer(self._settings.deadline_s, _later(self._go_on_with_few, collect)),
-            self._timer(self._settings.ping_s, _later(self._check_participants, collect)),
+            self._timers.set(self._settings.deadline_s, self._go_on_with_few, collect),
+            self._timers.set(self._settings.ping_s, self._check_participants, collect),
         ]
         if self._is_over(collect.round):
             collect.participants = []
@@ -802,7 +668,7 @@ class Sampling(Machine):
             return self._hand_out_if_ready(then, collect)
 
         order = self.population.order(collect.round, collect.beacon)
-        return out + self._draw(now, order, self._settings.sample_size, found)
+        return out + self._asking.draw(now, order, self._settings.sample_size, found)
 
     def _worth(self, collect: _Collect) -> tuple[int, int]:
         """Which of too many collections is kept: the one with more models, so that names alone displace nothing."""
@@ -830,12 +696,12 @@ class Sampling(Machine):
             if collect.dropped or collect.token:
                 return []
             collect.gone.update(peer for peer in missing if peer not in alive)
-            again = self._timer(self._settings.ping_s, _later(self._check_participants, collect))
+            again = self._timers.set(self._settings.ping_s, self._check_participants, collect)
             return [again, *self._aggregate_if_enough(then, collect)]
 
         if not missing:
-            return [self._timer(self._settings.ping_s, _later(self._check_participants, collect))]
-        return self._draw(now, missing, len(missing), answered)
+            return [self._timers.set(self._settings.ping_s, self._check_participants, collect)]
+        return self._asking.draw(now, missing, len(missing), answered)
 
     def _aggregate_if_enough(self, now: float, collect: _Collect) -> list[Output]:
         enough = len(collect.models) >= self._needed(collect)
@@ -853,7 +719,7 @@ class Sampling(Machine):
         if collect.overdue:
             return self._drop_collect(now, collect.round)
         collect.overdue = True
-        return [self._timer(self._settings.deadline_s, _later(self._go_on_with_few, collect))]
+        return [self._timers.set(self._settings.deadline_s, self._go_on_with_few, collect)]
 
     def _aggregate(self, now: float, collect: _Collect) -> list[Output]:
         """A uniform mean, in the order of the peers' ids: FedAvg to the last bit where all take part."""
@@ -861,7 +727,7 @@ class Sampling(Machine):
             return self._drop_collect(now, collect.round)
         out = [each for old in self._collects_before(collect.round) for each in self._drop_collect(now, old)]
         (_, first), *rest = sorted(collect.models.items())
-        collect.token = self._new_token()
+        collect.token = self._timers.new_token()
         self.phase = Phase.MERGING
         if not rest:
             return out + self._close(now, collect, first)
@@ -900,11 +766,11 @@ class Sampling(Machine):
             out += self._evaluate(round_ - 1, ref, len(collect.models), now - collect.began_at)
         rest = self._settings.pause_s - (now - collect.began_at)
         if rest > 0 and not is_over:
-            return [*out, self._timer(rest, _later(self._hand_out_if_ready, collect))]
+            return [*out, self._timers.set(rest, self._hand_out_if_ready, collect)]
         return out + self._hand_out_if_ready(now, collect)
 
     def _evaluate(self, round_: int, ref: ModelRef, num_merged: int, duration_s: float) -> list[Output]:
-        self._evaluate_token = self._new_token()
+        self._evaluate_token = self._timers.new_token()
         self._evaluating = (round_, ref, num_merged, duration_s)
         self._exchange.hold(ref)
         return [Evaluate(self._evaluate_token, ref)]
@@ -947,7 +813,7 @@ class Sampling(Machine):
             if self._view.is_live(peer):
                 self._waiting_for[peer] = ref.digest
                 out.append(Send(peer, message))
-        out.append(self._timer(self._settings.deadline_s, _later(self._stop_waiting, ref)))
+        out.append(self._timers.set(self._settings.deadline_s, self._stop_waiting, ref))
         takes_part = self._view.me in sample and self._trained_round < ref.round
         if takes_part and self._own is not None and self._own.round <= ref.round:
             out += self._train(now, ref, beacon, ref.digest, message.sample)
@@ -1039,7 +905,7 @@ class Sampling(Machine):
         if self._gathering:
             return out
         self._gathering = True
-        return [*out, self._timer(_GATHER_S, self._end_gathering)]
+        return [*out, self._timers.set(_GATHER_S, self._end_gathering)]
 
     def _is_ahead(self, ref: ModelRef) -> bool:
         return self._own is not None and self.phase is not Phase.DONE and ref.round > self._own.round
@@ -1115,12 +981,10 @@ class Sampling(Machine):
         """A network whose whole sample is gone: whoever is first in order among those with the latest model goes on."""
         if self.phase is Phase.DONE:
             return []
-        out: list[Output] = [self._timer(self._settings.ping_s, self._watch)]
-        if not self._calls and not self._collects:
+        out: list[Output] = [self._timers.set(self._settings.ping_s, self._watch)]
+        if self._is_idle():
             self.population.fold()
-        if now - self._census_at >= _CENSUS_S:
-            self._census_at = now
-            out += [self._census(peer, answers=False) for peer in self._view.some_neighbours(1)]
+        out += self._spreading.compare(now)
         self._progress_at = min(self._progress_at, now)
         if now - self._watched_at > 2 * self._settings.ping_s:
             self._progress_at = now  # this node was asleep, and others may have gone on
@@ -1154,7 +1018,7 @@ class Sampling(Machine):
                 return self._hand_out(then, ref, ref.digest, sample) + self._exchange.release(ref)
 
             order = self.population.order(ref.round, ref.digest)
-            out += self._draw(now, order, self._settings.sample_size, found)
+            out += self._asking.draw(now, order, self._settings.sample_size, found)
         return out
 
     def _patience_s(self) -> float:
@@ -1162,9 +1026,8 @@ class Sampling(Machine):
         return settings.stall_s or min(max(2 * self._longest_s, settings.deadline_s / 2), settings.deadline_s)
 
     def _busy(self) -> bool:
-        return bool(self._calls or self._collects) or (
-            self._trainer is not None and self._trainer.trained is None
-        )
+        trains = self._trainer is not None and self._trainer.trained is None
+        return trains or not self._is_idle()
 
     # --- when work fails --------------------------------------------------------------------------------
     def _on_work_failed(self, now: float, event: WorkFailed) -> list[Output]:
@@ -1209,20 +1072,8 @@ class Sampling(Machine):
         if peer != self._view.me:
             self._view.let_go(now, peer)
 
-    def _new_token(self) -> int:
-        self._token += 1
-        return self._token
-
-    def _timer(self, after_s: float, then: Callable[[float], list[Output]]) -> Output:
-        token = self._new_token()
-        self._due[token] = then
-        return SetTimer(Timer("learning", "sampling", token), after_s)
-
     def _on_timer(self, now: float, event: TimerFired) -> list[Output]:
-        if event.timer.owner != "learning":
-            return []
-        then = self._due.pop(event.timer.token, None)
-        return then(now) if then is not None else []
+        return self._timers.fired(now, event)
 
     HANDLERS: ClassVar[Mapping[type, Handler]] = {
         Started: _on_started,
@@ -1249,30 +1100,12 @@ class Sampling(Machine):
     }
 
 
-def _later(
-    function: Callable[..., list[Output]], *args: Any, **kwargs: Any
-) -> Callable[[float], list[Output]]:
-    """What to do at a later `now`."""
-
-    def then(now: float) -> list[Output]:
-        return function(now, *args, **kwargs)
-
-    return then
-
-
 def _agreed(said: Iterable[bytes]) -> bytes:
     """What more than half say, so that one who lies changes nothing; where there is no such thing, the smallest, on which
     parts of a network that have parted come together again."""
     values = sorted(said)
     middle = values[len(values) // 2]
     return middle if 2 * values.count(middle) > len(values) else values[0]
-
-
-def _in_messages(records: Sequence[PeerRecord]) -> list[Peers]:
-    return [
-        Peers(tuple(records[start : start + MAX_PEERS_PER_MESSAGE]))
-        for start in range(0, len(records), MAX_PEERS_PER_MESSAGE)
-    ]
 
 
 _NO_BEACON = bytes(DIGEST_BYTES)
@@ -1285,12 +1118,8 @@ _KEPT_COLLECTS = 4
 _LATE = 2
 """Rounds that the others may be ahead of an aggregator at its deadline before it gives its own up."""
 _MAX_ATTEMPTS = 3
-_FAILED_FOR = 20
-"""Ping times for which a peer that did not answer is asked last."""
 _SETTLE_S = 3.0
 _GATHER_S = 0.25
 """For so long offers are gathered: links of a newcomer come up within it."""
 _FORGETS = 0.8
 """With each round, of the longest wait for one."""
-_FLUSH_S = 1.0
-_CENSUS_S = 60.0

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
+from msgspec.structs import replace
 
 from protocols.errors import ConfigError
 from sim.results import MESSAGE_KINDS, NoteRow, Overlay, OverlayNode, RoundRow, Run, SampleRow
@@ -57,6 +58,11 @@ LIGHT = {
     "c10": "#8d5a2b",
     "c11": "#6b7280",
     "c12": "#7a8b00",
+    "c13": "#b3589a",
+    "c14": "#d9a5c9",
+    "c15": "#5f7fa3",
+    "c16": "#a9bdd4",
+    "c17": "#173f73",
 }
 DARK = {
     "page": "#0d0d0d",
@@ -77,6 +83,11 @@ DARK = {
     "c10": "#b98a5e",
     "c11": "#9ca3af",
     "c12": "#a9b935",
+    "c13": "#c877b2",
+    "c14": "#e0b7d4",
+    "c15": "#7f9cc0",
+    "c16": "#b9cbe0",
+    "c17": "#8fb8ff",
 }
 SERIES = [f"c{number}" for number in range(1, 9)]
 KIND_COLOURS = {
@@ -85,9 +96,21 @@ KIND_COLOURS = {
     "hello": "c2",
     "peers": "c5",
     "decline": "c4",
-    "ask": "c7",
+    "shuffle": "c7",
     "bye": "c8",
     "refuse": "c6",
+    # Who is there and who is not.
+    "ping": "c13",
+    "pong": "c14",
+    "probe": "c15",
+    "probed": "c16",
+    "suspects": "c11",
+    # Of networks that learn by sampling.
+    "census": "c9",
+    "trained": "c4",
+    "aggregated": "c17",
+    "receipt": "c10",
+    "closed": "c12",
     # Of networks that learn by scalars, in which nothing is offered.
     "scalars": "c1",
     "ranges": "c4",
@@ -338,6 +361,15 @@ def latest_values(rows: Sequence[RoundRow]) -> Band:
     return Band(moments, *band)
 
 
+def _of_network(rows: Sequence[RoundRow]) -> list[RoundRow]:
+    """Where a round's model is made by a few for all: of each new round the first that was measured, as if by one node."""
+    latest: list[RoundRow] = []
+    for row in sorted(rows, key=lambda row: row.at_s):
+        if not latest or row.round > latest[-1].round:
+            latest.append(replace(row, node=0))
+    return latest
+
+
 def _patience(rows: Sequence[RoundRow]) -> dict[int, float]:
     """How long each node may be silent, seconds: `SILENT_GAPS` times its median gap, or everybody's if that is more."""
     times: dict[int, list[float]] = {}
@@ -353,12 +385,16 @@ def _accuracy_plots(run: Run, canvas: Canvas) -> Iterator[Plot]:
     if not rows:
         return
     name = next(iter(rows[0].metrics))
-    band = latest_values(rows)
+    sampled = run.scenario_toml.get("learning") == "sampled"
+    band = latest_values(_of_network(rows) if sampled else rows)
     known = band.mean[np.isfinite(band.mean)]
     count = len({row.node for row in rows})
-    says = f"{name} went from {known[0]:.3f} to {known[-1]:.3f} (mean of {count} evaluated nodes)"
+    says = f"{name} went from {known[0]:.3f} to {known[-1]:.3f} ("
+    says += "of the latest aggregate)" if sampled else f"mean of {count} evaluated nodes)"
     caption = (
-        f"Line: mean of the {count} evaluated nodes' latest value. Band: from the worst to the best node. "
+        "The latest aggregate, as its maker measured it."
+        if sampled
+        else f"Line: mean of the {count} evaluated nodes' latest value. Band: from the worst to the best node. "
         "Nodes long silent are left out."
     )
     means = [row for row in run.merged if math.isfinite(row.accuracy)]
@@ -570,8 +606,9 @@ def _traffic_plots(run: Run, canvas: Canvas) -> Iterator[Plot]:
 
 
 def _round_plots(run: Run, canvas: Canvas) -> Iterator[Plot]:
-    """What the evaluated rounds say of their merges."""
-    rows = sorted(run.rounds, key=lambda row: row.at_s)
+    """What the evaluated rounds say of their merges. Who only takes the last aggregate has merged nothing."""
+    sampled = run.scenario_toml.get("learning") == "sampled"
+    rows = sorted((row for row in run.rounds if row.num_merged or not sampled), key=lambda row: row.at_s)
     if len(rows) < 2 or rows[-1].at_s <= rows[0].at_s:
         return
     edges = np.linspace(rows[0].at_s, rows[-1].at_s, min(60, max(2, len(rows) // 30)) + 1)

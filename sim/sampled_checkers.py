@@ -99,7 +99,7 @@ class SampledFacts:
     def note_ages(self, now: float) -> None:
         """Take note of what began since the last step."""
         learning = self.learning
-        current: list[object] = [*learning._calls, *learning._collects.values()]
+        current: list[object] = [*learning._asking.calls, *learning._collects.values()]
         if learning._trainer is not None:
             current.append(learning._trainer)
         if self.since or current:
@@ -197,8 +197,8 @@ def bounds(facts: SampledFacts) -> str:
     learning = facts.learning
     settings = learning._settings
     size = settings.sample_size
-    if len(learning._calls) > MAX_CALLS:
-        return f"{len(learning._calls)} samples are drawn at once, allowed {MAX_CALLS}"
+    if len(learning._asking.calls) > MAX_CALLS:
+        return f"{len(learning._asking.calls)} samples are drawn at once, allowed {MAX_CALLS}"
     if len(learning._collects) > (most := sampling._KEPT_COLLECTS):
         return f"{len(learning._collects)} rounds are collected, allowed {most}"
     if len(learning._claims) > (most := 2 * settings.aggregators + 4):
@@ -228,12 +228,13 @@ def let_go(facts: SampledFacts) -> str:
     """Links are held for what a node does, and for nothing else."""
     learning, me = facts.learning, facts.core.view.me
     needed: Counter[PeerId] = Counter(list(learning._waiting_for))
-    for call in learning._calls:
+    for call in learning._asking.calls:
         needed.update(list(call.reached))
     for collect in learning._collects.values():
         needed.update(collect.participants or ())
-    if learning._trainer is not None:
-        needed.update(list(learning._trainer.aggregators))
+    for trainer in (learning._trainer, *learning._serving):
+        if trainer is not None:
+            needed.update(list(trainer.aggregators))
     del needed[me]
     wanted = facts.core.view._wanted
     if needed == Counter(wanted):
@@ -246,10 +247,10 @@ def due(facts: SampledFacts, timers: Iterable[Timer]) -> str:
     """timers: those that run."""
     learning = facts.learning
     running = {timer.token for timer in timers if timer.owner == "learning"}
-    if running != set(learning._due):
-        return f"timers {sorted(running ^ set(learning._due))[:4]} do not match what they are for"
-    for token, peer in learning._pings.items():
-        if not any(call.draw.awaits(peer) for call in learning._calls):
+    if running != set(learning._timers.due):
+        return f"timers {sorted(running ^ set(learning._timers.due))[:4]} do not match what they are for"
+    for token, peer in learning._asking.pings.items():
+        if not any(call.draw.awaits(peer) for call in learning._asking.calls):
             return f"ping {token} of {peer} belongs to no sample"
     return ""
 
@@ -263,7 +264,7 @@ def waits(facts: SampledFacts, now: float, since_s: float, work_s: float) -> str
     part_s = work_s + drawing_s + (4 * settings.deadline_s + settings.pause_s) * DRIFT + 1
     for each, began_s in facts.since.items():
         lasts = now - max(began_s, since_s)
-        most = drawing_s if each in learning._calls else part_s
+        most = drawing_s if each in learning._asking.calls else part_s
         if lasts > most:
             return f"a {type(each).__name__.strip('_').lower()} lasts {lasts:.1f} s, allowed {most:.1f} s"
     busy = learning._trainer is not None or learning._collects

@@ -892,7 +892,11 @@ class World:
         return statistics.fmean(last) if last else None
 
     def _last_accuracies(self) -> list[float]:
-        """Of those that are here or done: a node that vanished amid its rounds says nothing of the network's end."""
+        """Of those that are here or done: a node that vanished amid its rounds says nothing of the network's end. Where a few
+        nodes make a round's model for all, of whoever made the latest."""
+        if self.scenario.learning == "sampled" and not self.num_finished:
+            newest = max((max(node.accuracy, default=-1) for node in self.nodes), default=-1)
+            return [node.accuracy[newest] for node in self.nodes if newest in node.accuracy]
         return [
             node.last_accuracy
             for node in self.nodes
@@ -919,7 +923,7 @@ class World:
     def result(self) -> Result:
         """What the run gave so far. Computes what was put off."""
         self._sample_now()
-        if self._scalars is not None and not self.scenario.dry_run:
+        if self.scenario.learning in ("sampled", "scalars") and not self.scenario.dry_run:
             self._measure_last()
         self._learning.flush()
         last = self._last_accuracies()
@@ -961,7 +965,7 @@ class World:
         return self._scalars.figures(self._finished_cores(), live)
 
     def _measure_last(self) -> None:
-        """A node that came to the others' state after its last round has not measured that one."""
+        """A node that came to the others' model after its last round has not measured that one."""
         for node in self.nodes:
             if node.evaluates and node.finished and node.online and node.core is not None:
                 ref = node.core.model

@@ -420,13 +420,13 @@ class SampledNetwork:
             where = f"seed {self.seed}, {node.peer}"
             sampling, view = node.sampling, node.core.view  # type: ignore[union-attr]
             assert not view._wanted, f"{where}: still wanted: {view._wanted}"
-            assert not sampling._calls, where
+            assert not sampling._asking.calls, where
             assert not sampling._collects, where
             assert not sampling._waiting_for, where
             assert sampling._trainer is None, where
             assert not sampling._serving, where
             assert not sampling._closing, where
-            assert not sampling._pings, f"{where}: pings never taken back: {len(sampling._pings)}"
+            assert not sampling._asking.pings, f"{where}: pings never taken back: {len(sampling._asking.pings)}"
             self.check_held(node, own=1, others=0)
             assert set(node.blobs) <= {*node.core.exchange._held}, where  # type: ignore[union-attr]
 

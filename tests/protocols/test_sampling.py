@@ -574,12 +574,12 @@ def test_a_flood_of_models_takes_no_room() -> None:
                 len(each.expected) <= 2 * net.settings.sample_size + net.settings.sample_size
                 for each in sampling._collects.values()
             )
-            assert len(sampling._calls) < 20
+            assert len(sampling._asking.calls) < 20
             assert len(victim.core.exchange._waiting) <= 8  # type: ignore[union-attr]
     goes_on(net)
     net.run(net.now + 4 * net.settings.deadline_s)
     assert len(victim.core.exchange._held) < 40  # type: ignore[union-attr]
-    assert len(victim.sampling._due) < 100
+    assert len(victim.sampling._timers.due) < 100
 
 
 def test_a_round_that_is_under_way_is_not_displaced_by_names_of_others() -> None:
@@ -741,11 +741,11 @@ def test_a_pong_of_another_peer_does_not_take_an_answer_away() -> None:
     there = max(net.aggregates)
     for _ in range(150):
         for victim in net.up():
-            for token in range(victim.sampling._token - 9, victim.sampling._token + 3):
+            for token in range(victim.sampling._timers._token - 9, victim.sampling._timers._token + 3):
                 net.say(liar.peer, victim.peer, Pong(token, 0))
         net.run(net.now + 0.02)
     assert max(net.aggregates) >= there + 2
-    assert not [peer for node in net.up() for peer in node.sampling._failed]
+    assert not [peer for node in net.up() for peer in node.sampling._asking.failed]
 
 
 def test_no_round_comes_after_the_last() -> None:

@@ -50,6 +50,13 @@ def test_the_networks_are_of_all_sorts() -> None:
     assert {item.quorum for item in scalars} == {0.0, 0.5, 0.8, 1.0}
     assert {item.late_rounds for item in scalars} == {0, 2, 5}
     assert min(item.max_authors for item in scalars) < 20
+    sampled = [item for item in scenarios if item.learning == "sampled"]
+    assert 20 <= len(sampled) <= 45
+    assert {item.topology.kind for item in sampled} == {"discover", "full"}, (
+        "everybody has to hear of everybody"
+    )
+    assert {item.sampled.aggregators for item in sampled} == {1, 2, 3}
+    assert all(item.sampled.rounds and item.sampled.sample_size <= item.nodes for item in sampled)
     assert 1 <= sum(not item.dry_run for item in scenarios) <= 10
     assert {item.exchange.max_waiting for item in scenarios} >= {1, 64}
 
@@ -78,15 +85,24 @@ def test_what_is_allowed_follows_from_what_was_drawn() -> None:
         scenario, limits, live = drawn.scenario, limits_of(drawn), liveness_of(drawn)
         slowest = max([1.0, *(item.slowdown for item in scenario.devices.classes)])
         scalars = scenario.learning == "scalars"
-        devices, settings = scenario.devices, scenario.scalars if scalars else scenario.gossip
+        devices, settings = scenario.devices, getattr(scenario, scenario.learning)
         work_s = devices.estimate_s * scenario.scalars.samples if scalars else devices.train_s
         assert limits.work_s > work_s * slowest, f"seed {seed}"
         assert limits.fetch_s > scenario.data.model_bytes / scenario.links.up_bytes_per_s, f"seed {seed}"
         assert limits.dial_s > scenario.links.dial_timeout_s, f"seed {seed}"
         assert limits.since_s == live.stops_at_s == drawn.stops_at_s
         assert live.round_s > settings.deadline_s + settings.pause_s
-        assert scenario.at_most_s > drawn.stops_at_s + settings.rounds * live.round_s
+        # Of sampling's rounds only a few can go as badly as one may.
+        rounds = 3 if scenario.learning == "sampled" else settings.rounds
+        assert scenario.at_most_s > drawn.stops_at_s + rounds * live.round_s
         assert live.settled_s > scenario.at_most_s or (scalars and scenario.topology.kind == "full")
+    one = next(
+        drawn
+        for drawn in HUNDRED
+        if drawn.scenario.sampled.aggregators == 1 and drawn.scenario.learning == "sampled"
+    )
+    assert liveness_of(msgspec.structs.replace(one, kinds=("clocks",))).one_end
+    assert not liveness_of(msgspec.structs.replace(one, kinds=("clocks", "silence"))).one_end
     looked_at = [liveness_of(drawn).links_s < drawn.scenario.at_most_s for drawn in HUNDRED]
     assert 15 < sum(looked_at) < 90
     assert any(liveness_of(drawn).settled_s < drawn.scenario.at_most_s for drawn in HUNDRED)
@@ -108,7 +124,7 @@ def test_a_configuration_can_be_read() -> None:
         for folder in folders:
             table = table.setdefault(folder, {})  # type: ignore[assignment]
         table[name] = msgspec.json.decode(value)
-    for learning in ("gossip", "scalars"):
+    for learning in ("gossip", "sampled", "scalars"):
         tables[learning] = msgspec.to_builtins(getattr(Scenario(), learning)) | tables.get(learning, {})  # type: ignore[operator]
     assert msgspec.convert(tables, Scenario) == drawn.scenario
 

@@ -67,6 +67,7 @@ def test_there_is_one_for_each_thing_to_see() -> None:
             "scalars",
             "membership",
             "islands",
+            "sampled",
         ),
     }
     assert set(BUILTIN) == promised
