@@ -15,12 +15,14 @@ contributed   it has trained on it, and offers the result to others; under `samp
 held          another node has the result
 merged        another node merges it, when its own round says so
 
+`in_time` counts the newcomers that take part within 15 seconds: have contributed, or under `sampled` are known.
 `cpu_s` is what the newcomer's process had worked by each of these moments: on a busy machine it says more than the clock.
 `--up` limits what each node of the network sends, in bytes a second: else loopback's speed decides.
 """
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import signal
@@ -42,6 +44,7 @@ SEED = 1
 TIMELINE = "timeline.jsonl"
 PROGRAM = (sys.executable, __file__, "daemon")
 TARGET_S = 15.0
+TAKES_PART = {"gossip": "contributed", "sampled": "known"}
 CPU_AT = ("started", "linked", "model")
 STEPS = ("imported", "started", "linked", "has_model", "known", "contributed", "held", "merged")
 LEARNING: dict[str, dict[str, Any]] = {
@@ -302,14 +305,29 @@ def measure(protocol: str, num_nodes: int, num_newcomers: int, limit_s: float, u
             rows.append(watch(newcomer, members, num_nodes + number + 1, began_s, limit_s))
             report(f"  newcomer {number}: {rows[-1]}")
             newcomer.stop()
-    return {"nodes": num_nodes, "load_before": load_before, **medians(rows), "runs": rows}
+    return {
+        "nodes": num_nodes,
+        "load_before": load_before,
+        **medians(rows, TAKES_PART[protocol]),
+        "runs": rows,
+    }
 
 
-def medians(rows: list[Row]) -> Row:
-    found = {step: [row[step] for row in rows if row[step] is not None] for step in STEPS}
-    middle = {step: round(statistics.median(times), 2) for step, times in found.items() if times}
-    joined_s = middle.get("contributed", middle.get("known"))
-    return {**middle, "takes_part_in_time": joined_s is not None and joined_s < TARGET_S}
+def medians(rows: list[Row], part: str) -> Row:
+    """Of each step over all newcomers; None where half of them had not come so far when time was up.
+
+    part: the step by which a newcomer takes part.
+    """
+
+    def reached(step: str) -> list[float]:
+        return [math.inf if row[step] is None else row[step] for row in rows]
+
+    middle = {step: statistics.median(reached(step)) for step in STEPS}
+    return {
+        **{step: None if math.isinf(at) else round(at, 2) for step, at in middle.items()},
+        "in_time": sum(at < TARGET_S for at in reached(part)),
+        "newcomers": len(rows),
+    }
 
 
 def report(text: str) -> None:
