@@ -34,8 +34,9 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Two workers: half of the time goes by in waiting for daemons. Wide, or what is printed depends on the terminal.
 test: lint $(LLM)
-	$(BIN)/python -m pytest
+	COLUMNS=160 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-slow: $(LLM)
 	$(BIN)/python -m pytest -m slow --timeout 1800

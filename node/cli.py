@@ -78,8 +78,10 @@ def init(
     if as_json:
         print_json({"home": str(home), "peer": peer, "config": str(home / CONFIG_FILE)})
         return
-    out.print(f"Home    {home}\nPeer    {peer}\nConfig  {home / CONFIG_FILE}\n", highlight=False)
-    out.print(f"Start it with: covey run --home {home}", highlight=False)
+    out.print(
+        f"Home    {home}\nPeer    {peer}\nConfig  {home / CONFIG_FILE}\n", highlight=False, soft_wrap=True
+    )
+    out.print(f"Start it with: covey run --home {home}", highlight=False, soft_wrap=True)
     out.print(
         f"Others join with: --bootstrap /ip4/<your address>/tcp/<port>/p2p/{peer}",
         highlight=False,
@@ -275,7 +277,11 @@ def export(
         if as_json:
             print_json(data)
         else:
-            out.print(f"{target}: model after round {ref.round}, {_bytes(ref.size_bytes)}", highlight=False)
+            out.print(
+                f"{target}: model after round {ref.round}, {_bytes(ref.size_bytes)}",
+                highlight=False,
+                soft_wrap=True,
+            )
         return
     raise LocalError(f"no whole checkpoint in {home}; has the node finished a round?")
 
@@ -285,7 +291,7 @@ def config_check(home: Home = DEFAULT_HOME, as_json: Json = False) -> None:
     """Check the config, the environment's overrides and the merge rule."""
     config = load_config(home)
     check_rule(config)
-    print_json({"ok": True}) if as_json else out.print(f"{home / CONFIG_FILE} is fine")
+    print_json({"ok": True}) if as_json else out.print(f"{home / CONFIG_FILE} is fine", soft_wrap=True)
 
 
 @config_app.command("show")

@@ -123,7 +123,11 @@ class Libp2pNetwork:
         self._links: dict[PeerId, _Link] = {}
         self._dialling: set[PeerId] = set()
         self._transfers = ModelTransfers(self, store, *_buckets(up_bytes_per_s, down_bytes_per_s))
-        self._inbox: deque[NetworkEvent] = deque()
+        self._inbox: deque[tuple[NetworkEvent, _Link | None]] = deque()
+        """Events, and with a `LinkUp` the link."""
+        self._told: dict[PeerId, _Link] = {}
+        """The links that the core was told of. What it says is for these: the next link with a peer may stand already, and
+        a word meant for the last one would come before its hello."""
         self._drain_scheduled = False
         self._thread: threading.Thread | None = None
         self.bytes_sent = 0
@@ -159,10 +163,12 @@ class Libp2pNetwork:
         self._command(self._start_dial, address)
 
     def disconnect(self, peer: PeerId, reason: Reason) -> None:
-        self._command(self._close_link, peer, reason)
+        if link := self._told.get(peer):
+            self._command(self._close_link, link, reason)
 
     def send(self, peer: PeerId, message: LinkMessage) -> None:
-        self._command(self._enqueue, peer, message)
+        if link := self._told.get(peer):
+            self._command(self._enqueue, link, message)
 
     def fetch(self, token: int, peer: PeerId, ref: ModelRef, others: Sequence[PeerId] = ()) -> None:
         self._command(self._start_fetch, token, peer, ref, tuple(others))
@@ -198,8 +204,8 @@ class Libp2pNetwork:
             await trio.sleep(0.005)
         self._post_now(event)
 
-    def _post_now(self, event: NetworkEvent) -> None:
-        self._inbox.append(event)
+    def _post_now(self, event: NetworkEvent, link: _Link | None = None) -> None:
+        self._inbox.append((event, link))
         if not self._drain_scheduled:
             self._drain_scheduled = True
             self._loop.call_soon_threadsafe(self._drain)
@@ -209,7 +215,12 @@ class Libp2pNetwork:
         for _ in range(64):
             if not self._inbox:
                 return
-            self._deliver(self._inbox.popleft())
+            event, link = self._inbox.popleft()
+            if link is not None:
+                self._told[link.peer] = link
+            elif isinstance(event, LinkDown):
+                self._told.pop(event.peer, None)
+            self._deliver(event)
         # The loop has other guests: let them run before the next 64.
         if self._inbox and not self._drain_scheduled:
             self._drain_scheduled = True
@@ -344,7 +355,7 @@ class Libp2pNetwork:
             old.scope.cancel()
             self._post_now(LinkDown(peer, reason))
         link = self._links[peer] = _Link(peer, stream, outbound)
-        self._post_now(LinkUp(peer, outbound, address))
+        self._post_now(LinkUp(peer, outbound, address), link)
         reason, detail = await self._converse(link)
         # The connection goes before the word of it does: a dial that follows must not find the dying one.
         await self._close_stream(stream)
@@ -426,9 +437,8 @@ class Libp2pNetwork:
         await link.stream.close_write()
         await trio.sleep(LINGER_S)
 
-    def _enqueue(self, peer: PeerId, message: LinkMessage) -> None:
-        link = self._links.get(peer)
-        if link is None or link.closing:
+    def _enqueue(self, link: _Link, message: LinkMessage) -> None:
+        if link.closing:
             return
         link.outbox.append(message)
         if len(link.outbox) > MAX_OUTBOX:
@@ -436,11 +446,10 @@ class Libp2pNetwork:
             link.scope.cancel()
         link.wake.set()
 
-    def _close_link(self, peer: PeerId, reason: Reason) -> None:
-        if link := self._links.get(peer):
-            link.close(reason)
-            # A peer that has stopped reading would hold our last words, and the link, for ever.
-            link.scope.deadline = trio.current_time() + CLOSE_TIMEOUT_S
+    def _close_link(self, link: _Link, reason: Reason) -> None:
+        link.close(reason)
+        # A peer that has stopped reading would hold our last words, and the link, for ever.
+        link.scope.deadline = trio.current_time() + CLOSE_TIMEOUT_S
 
     # --- transfers: what `ModelTransfers` needs of the links ----------------------------------------------
     def _start_fetch(self, token: int, peer: PeerId, ref: ModelRef, others: tuple[PeerId, ...]) -> None:
