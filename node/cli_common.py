@@ -85,12 +85,17 @@ def print_json(data: Any) -> None:
     typer.echo(json.dumps(data))
 
 
+def plain(text: str) -> str:
+    """Text of strangers for the terminal: what is not printed, or turns the direction of writing, is spelt out."""
+    return "".join(char if char.isprintable() or char == "\t" else f"<U+{ord(char):04X}>" for char in text)
+
+
 def report(error: CoveyError | OSError) -> int:
     """Say what is wrong; the exit code."""
     text = str(error)
     if isinstance(error, OSError):
         text = f"{error.filename or 'input or output'}: {error.strerror or error}; who owns it, and is the disk full?"
-    err.print(f"[red]covey:[/red] {escape(text)}", highlight=False, soft_wrap=True)
+    err.print(f"[red]covey:[/red] {escape(plain(text))}", highlight=False, soft_wrap=True)
     return EXIT_USAGE if isinstance(error, ConfigError) else EXIT_FAILED
 
 

@@ -21,7 +21,7 @@ from node.driver import Driver, Perform
 from node.identity import KEY_FILE, key_seed, load_key, peer_id_of
 from node.invitation import load_admission
 from node.libp2p_network import Libp2pNetwork
-from node.manners import Manners, device_manners, lower_priority
+from node.manners import Manners, device_manners, lower_priority, may_move
 from node.ports import MonotonicClock
 from node.scalar_store import ScalarStore
 from node.signatures import Ed25519Signatures
@@ -295,6 +295,7 @@ class Daemon:
                 up_bytes_per_s=device.upload_bytes_per_s,
                 down_bytes_per_s=device.download_bytes_per_s,
                 psk=self._config.network.psk,
+                may_serve=lambda num_bytes: may_move(device, meter.peek(), num_bytes),
             )
             driver.attach(network)
             try:

@@ -43,11 +43,11 @@ def examine(home: Path) -> list[Finding]:
     try:
         config = load_config(home)
     except CoveyError as error:
-        return [
-            Finding(
-                "config", "failed", str(error), f"edit {home / CONFIG_FILE}, or run: covey init --home {home}"
-            )
-        ]
+        problem, _, remedy = str(error).partition("; ")
+        edit = f"edit {home / CONFIG_FILE}, or run: covey init --home {home}"
+        if not (home / CONFIG_FILE).exists() or not remedy:
+            problem, remedy = str(error), edit
+        return [Finding("config", "failed", problem, remedy)]
     key, key_finding = _examine_key(home)
     findings = [Finding("config", "ok", str(home / CONFIG_FILE)), key_finding]
     running = _asked(home, "/status")
@@ -79,7 +79,8 @@ def examine(home: Path) -> list[Finding]:
         _examine_bootstrap(address, caller, rows, config, me) for address in config.network.bootstrap
     ]
     findings += greetings
-    return findings + _examine_clock(invitation, greetings)
+    # A link that stands outlives its invitation: it says nothing of clocks.
+    return findings + (_examine_clock(invitation, greetings) if running is None else [])
 
 
 # --- this device ----------------------------------------------------------------------------------------

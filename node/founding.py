@@ -4,6 +4,7 @@ Belongs here: what `covey network new` and `covey join` do, without their words 
 """
 
 import hashlib
+import shutil
 import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from node.manifest import (
     MAX_TASK_BYTES,
     TASK_FILE,
     Manifest,
+    check_readable,
     divide,
     manifest_toml,
     read_bounded,
@@ -33,6 +35,7 @@ from node.store import HomeLock
 from protocols.admission import Admission
 from protocols.errors import ConfigError, CoveyError, LocalError
 from protocols.signing import Signatures
+from protocols.view import NO_LEARNING
 
 OLD_CONFIG_FILE = CONFIG_FILE + ".old"
 
@@ -95,6 +98,8 @@ def make_manifest(
     Raises:
         ConfigError: something in it cannot be shared.
     """
+    if code is not None:
+        check_readable(code, "task.name")
     shared, suggested = divide(msgspec.to_builtins(config), msgspec.to_builtins(Config()))
     name = config.task.name if code is None else f"{TASK_FILE}:{config.task.name.rpartition(':')[2]}"
     fields = {
@@ -125,7 +130,13 @@ def make_manifest(
 def network_of(home: Path) -> Manifest | None:
     """The manifest that a home is bound to. Raises ConfigError where it is damaged."""
     path = home / MANIFEST_FILE
-    return read_manifest(path) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        return read_manifest(path)
+    except ConfigError as error:
+        problem = f"{error.problem}; move {path} away and `covey join` again with the link or manifest"
+        raise ConfigError(error.path, problem, [error.allowed] if error.allowed else []) from error
 
 
 def check_unbound(home: Path, network: str) -> None:
@@ -155,13 +166,22 @@ class Binding(msgspec.Struct, frozen=True):
             if self.code is not None:
                 if task.exists() and read_bounded(task, MAX_TASK_BYTES) != self.code:
                     raise LocalError(f"{task} is another file than the network's; move it away")
-                task.write_bytes(self.code)
-            (home / MANIFEST_FILE).write_text(manifest_toml(self.manifest), encoding="utf-8")
+                write_private(task, self.code)
+            write_private(home / MANIFEST_FILE, manifest_toml(self.manifest).encode())
             if admission is not None:
                 save_admission(home, admission)
-            if config.exists() and config.read_text(encoding="utf-8") != self.text:
-                config.replace(home / OLD_CONFIG_FILE)
+            old = home / OLD_CONFIG_FILE
+            # The first one is the user's own; those after it were written here.
+            if config.exists() and not old.exists() and config.read_text(encoding="utf-8") != self.text:
+                shutil.copy2(config, old)
             write_private(config, self.text.encode())
+
+
+def check_stopped(home: Path) -> None:
+    """Raises LocalError where a node runs in this home."""
+    if home.exists():
+        with _locked(home):
+            return
 
 
 def _locked(home: Path) -> HomeLock:
@@ -194,16 +214,30 @@ def bind(
 
 
 def _rebound(path: Path, manifest: Manifest, settings: Sequence[Setting]) -> str:
-    try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(str(path), f"is not TOML: {error}") from error
+    data = _read_toml(path)
+    helps = isinstance(data.get("learning"), dict) and data["learning"].get("protocol") == NO_LEARNING
     data = without_imposed(manifest, _without_defaults(data))
+    if helps:  # a device's own choice, whatever the network learns
+        override(data, "learning.protocol", ("learning", "protocol"), NO_LEARNING)
     for setting in settings:
         override(data, ".".join(setting.path), setting.path, setting.value)
     return f"# Settings of this device; those of the network are in {MANIFEST_FILE}.\n\n" + tomli_w.dumps(
         data
     )
+
+
+def known_bootstrap(home: Path) -> list[str]:
+    """Of a home's config file, whatever became of the manifest beside it."""
+    network = _read_toml(home / CONFIG_FILE).get("network")
+    found = network.get("bootstrap") if isinstance(network, dict) else None
+    return [each for each in found if isinstance(each, str)] if isinstance(found, list) else []
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(str(path), f"is not TOML: {error}") from error
 
 
 def _without_defaults(data: Mapping[str, Any]) -> dict[str, Any]:

@@ -112,6 +112,7 @@ class Libp2pNetwork:
         up_bytes_per_s: int = 0,
         down_bytes_per_s: int = 0,
         psk: str | None = None,
+        may_serve: Callable[[int], bool] = lambda num_bytes: True,
     ) -> None:
         self._key = key
         self._psk = None if psk is None else _checked_psk(psk)
@@ -122,7 +123,7 @@ class Libp2pNetwork:
         self._discovery = discovery
         self._links: dict[PeerId, _Link] = {}
         self._dialling: set[PeerId] = set()
-        self._transfers = ModelTransfers(self, store, *_buckets(up_bytes_per_s, down_bytes_per_s))
+        self._transfers = ModelTransfers(self, store, *_buckets(up_bytes_per_s, down_bytes_per_s), may_serve)
         self._inbox: deque[tuple[NetworkEvent, _Link | None]] = deque()
         """Events, and with a `LinkUp` the link."""
         self._told: dict[PeerId, _Link] = {}
@@ -361,6 +362,9 @@ class Libp2pNetwork:
         await self._close_stream(stream)
         if self._links.get(peer) is link:
             del self._links[peer]
+            # What the peer said last may have been understood only while the connection was closed.
+            if link.closing:
+                reason, detail = link.closing, ""
             self._post_now(LinkDown(peer, reason, one_line(detail)))
 
     async def _close_stream(self, stream: INetStream) -> None:

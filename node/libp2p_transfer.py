@@ -62,7 +62,16 @@ class Links(Protocol):
 class ModelTransfers:
     """All fetches and serves of one node."""
 
-    def __init__(self, links: Links, store: BlobStore, up: TokenBucket, down: TokenBucket) -> None:
+    def __init__(
+        self,
+        links: Links,
+        store: BlobStore,
+        up: TokenBucket,
+        down: TokenBucket,
+        may_serve: Callable[[int], bool] = lambda num_bytes: True,
+    ) -> None:
+        """may_serve: whether so many more bytes may go out; asked before each range."""
+        self._may_serve = may_serve
         self._links = links
         self._store = store
         self._serves: Counter[PeerId] = Counter()
@@ -127,6 +136,8 @@ class ModelTransfers:
         if request is None:
             return
         blob = self._store.get(request.digest) if self._links.is_linked(peer) else None
+        if blob is not None and not self._may_serve(blob.size_bytes):
+            blob = None
         if blob is None or not self._has_place(peer):
             await self._say(peer, stream, FetchRefused(Reason.GONE if blob is None else Reason.BUSY))
             return
@@ -149,6 +160,8 @@ class ModelTransfers:
         end = min(request.first_chunk + request.num_chunks, num_chunks(blob.size_bytes))
         for index in range(request.first_chunk, end):
             chunk = blob.read(index)
+            if not self._may_serve(len(chunk)):
+                raise OSError("this device has spent its bytes of the month")
             # Whoever takes longer for one chunk holds a place that others wait for.
             with trio.fail_after(CHUNK_TIMEOUT_S):
                 await self._send_chunk(peer, stream, chunk)

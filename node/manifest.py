@@ -5,8 +5,10 @@ they go into a node's config. Nothing here runs the task that a manifest names.
 """
 
 import hashlib
+import io
 import math
 import re
+import tokenize
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -409,6 +411,20 @@ def check_task_code(manifest: Manifest, code: bytes, origin: str) -> None:
             f"is not the task file of '{manifest.network}': its SHA-256 is {found[:16]}…, pinned is "
             f"{(manifest.task.sha256 or '')[:16]}…; put the file back as it came, or make another network of it with "
             "`covey network new`",
+        )
+    check_readable(code, origin)
+
+
+def check_readable(code: bytes, origin: str) -> None:
+    """What is shown of a task file is what Python runs. Raises ConfigError where it is not UTF-8, or says that it is not."""
+    try:
+        encoding, _ = tokenize.detect_encoding(io.BytesIO(code).readline)
+        code.decode()
+    except (SyntaxError, UnicodeDecodeError) as error:
+        raise ConfigError(origin, f"is not UTF-8 text: {error}") from error
+    if encoding not in ("utf-8", "utf-8-sig"):
+        raise ConfigError(
+            origin, f"is written in {encoding}: what is shown of it would not be what runs", ["UTF-8"]
         )
 
 

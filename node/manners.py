@@ -360,6 +360,10 @@ class Meter:
             self.write()
         return self._kept + self._pending
 
+    def peek(self) -> int:
+        """The same from any thread: nothing is written, and no month begins."""
+        return self._kept + self._pending + self._moved() - self._seen
+
     def close(self) -> None:
         """Keep what was counted up to now."""
         self.month_bytes()

@@ -30,6 +30,7 @@ from node.cli_common import (
     check_rule,
     err,
     out,
+    plain,
     print_json,
     run_node,
     settings_of,
@@ -39,8 +40,10 @@ from node.core import LEARNING
 from node.first_config import first_config
 from node.founding import (
     bind,
+    check_stopped,
     check_unbound,
     find_task_file,
+    known_bootstrap,
     make_manifest,
     network_of,
     schema_of_task,
@@ -262,8 +265,9 @@ def _read_offer(source: str) -> Offer:
         raise ConfigError(source[:80], "is no file, and no link", [f"{PREFIX}…", "the path of a manifest"])
     if path.is_dir():
         raise ConfigError(source, "is a folder; name the manifest in it")
-    if read_bounded(path, MAX_MANIFEST_BYTES * 4).lstrip().startswith(b"covey:"):
-        return Offer(decode_link(path.read_text(encoding="utf-8", errors="replace")), None)
+    content = read_bounded(path, MAX_MANIFEST_BYTES * 4)
+    if content.lstrip().startswith(b"covey:"):
+        return Offer(decode_link(content.decode(errors="replace")), None)
     return Offer(Link(manifest=read_manifest(path)), path.parent)
 
 
@@ -290,7 +294,7 @@ def _description(link: Link, code: bytes | None) -> Iterator[str]:
     rows += [("Joins", line) for line in _who_joins(manifest, link)]
     rows += [("Ask", address) for address in (*link.bootstrap, *manifest.bootstrap)]
     for label, value in rows:
-        yield f"[bold]{label:9}[/bold] {escape(_plain(value))}"
+        yield f"[bold]{label:9}[/bold] {escape(plain(value))}"
     if code is not None:
         yield from _listing(code)
 
@@ -309,15 +313,11 @@ def _who_joins(manifest: Manifest, link: Link) -> Iterator[str]:
 def _listing(code: bytes) -> Iterator[str]:
     lines = code.decode(errors="replace").splitlines()
     yield f"\n[bold]{TASK_FILE}[/bold], {len(code)} bytes:"
-    for line in lines[:MAX_LINES_SHOWN]:
-        yield "  | " + escape(_plain(line))
-    if len(lines) > MAX_LINES_SHOWN:
-        yield f"  … and {len(lines) - MAX_LINES_SHOWN} lines more: read the file itself"
-
-
-def _plain(text: str) -> str:
-    """Text of strangers for the terminal: what is not printed, or turns the direction of writing, is spelt out."""
-    return "".join(char if char.isprintable() or char == "\t" else f"<U+{ord(char):04X}>" for char in text)
+    # What came in a link lies nowhere else where it could be read.
+    shown = lines if len(code) <= TASK_IN_LINK_BYTES else lines[:MAX_LINES_SHOWN]
+    yield from ("  | " + escape(plain(line)) for line in shown)
+    if len(lines) > len(shown):
+        yield f"  … and {len(lines) - len(shown)} lines more: read the file itself"
 
 
 def _until(expires_at: int) -> str:
@@ -489,6 +489,7 @@ def join_command(
     offer = _read_offer(source)
     link, manifest = offer.link, offer.link.manifest
     check_unbound(home, manifest.network)
+    check_stopped(home)
     _check_expiry(link)
     code = _task_code(offer, task_file)
     settings = [*_link_settings(home, link, listen), *settings_of(None, None, option, set_)]
@@ -498,7 +499,7 @@ def join_command(
     for line in _description(link, code):
         _say(line)
     if not yes:
-        typer.confirm("\nJoin this network" + (", and run this code here?" if code else "?"), abort=True)
+        _ask("\nJoin this network" + (", and run this code here?" if code else "?"))
     signatures = Ed25519Signatures(_key_of(home))
     me = peer_of_author(signatures.author)
     admission = use_link(link, signatures, me) or load_admission(home)
@@ -508,6 +509,17 @@ def join_command(
     _say(escape(f"\nHome      {home}\nPeer      {me}\nStart it with: covey run --home {home}"))
     if not no_run:
         run_node(load_config(home), home)
+
+
+def _ask(question: str) -> None:
+    try:
+        typer.confirm(question, abort=True)
+    except typer.Abort as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        if isinstance(error.__context__, EOFError) and not sys.stdin.isatty():
+            raise LocalError("nobody is here to answer; --yes joins without the question") from None
+        raise
 
 
 def _check_ports(config: Config) -> None:
@@ -554,7 +566,7 @@ def _link_settings(home: Path, link: Link, listen: str | None) -> list[Setting]:
     found = []
     bootstrap = list(link.bootstrap)
     if (home / CONFIG_FILE).exists():
-        known = load_config(home).network.bootstrap
+        known = known_bootstrap(home)
         bootstrap += [each for each in known if each not in (*bootstrap, *link.manifest.bootstrap)]
     if bootstrap:
         found.append(Setting(("network", "bootstrap"), bootstrap))
@@ -590,7 +602,7 @@ def _check_schema(config: Config, home: Path) -> None:
     assert manifest is not None
     if not config.learns:
         return
-    task_file = home / TASK_FILE if manifest.task.sha256 is not None else None
+    task_file = (home / TASK_FILE).resolve() if manifest.task.sha256 is not None else None
     found = schema_of_task(config, home, task_file)
     if found != manifest.task.schema:
         raise LocalError(

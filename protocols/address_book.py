@@ -32,6 +32,7 @@ class Entry:
         "next_dial_at",
         "record",
         "rtt_s",
+        "short_lived",
         "suspected",
     )
 
@@ -48,6 +49,8 @@ class Entry:
         self.brief = False
         """Whether the dial under way is for a link that will not be kept."""
         self.failures = 0
+        self.short_lived = 0
+        """Links in a row that ended soon after they had been greeted."""
         self.next_dial_at = 0.0
         self.last_reason = ""
         self.rtt_s: float | None = None
@@ -99,7 +102,10 @@ class AddressBook:
             if self._has_room(keep, None, bootstrap):
                 self._entries[peer] = Entry((address,), bootstrap)
         elif address not in entry.addresses:
-            entry.addresses = self._newest((address, *entry.addresses))
+            signed = entry.record.addresses if entry.record else ()
+            others = [each for each in entry.addresses if each not in signed]
+            # What anybody may announce pushes out nothing that the peer itself has signed.
+            entry.addresses = (*self._newest((address, *others))[: MAX_ADDRESSES - len(signed)], *signed)
 
     def take(self, record: PeerRecord, introducer: PeerId | None, keep: Collection[PeerId]) -> bool:
         """A genuine record. Whether it told anything new.

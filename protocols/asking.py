@@ -16,6 +16,8 @@ Then = Callable[[float, list[PeerId]], list[Output]]
 """(now, sample) -> what comes after a sample is found."""
 FAILED_FOR = 20
 """Ping times for which a peer that did not answer counts as doubtful."""
+MAX_MISSES = 6
+MAX_REMEMBERED = 4096
 
 
 class Call:
@@ -41,6 +43,8 @@ class Asking:
         """Whose answer a token stands for."""
         self.failed: dict[PeerId, float] = {}
         """Peers that did not answer, and until when that is taken to be so."""
+        self._misses: dict[PeerId, int] = {}
+        """How often in a row, of those who were asked of late."""
 
     def draw(self, now: float, order: Sequence[PeerId], count: int, then: Then) -> list[Output]:
         """SAMPLE: find the first so many in order who are there, and go on with them. They stay linked until let go."""
@@ -70,9 +74,13 @@ class Asking:
         """It could not be linked with, or the link has ended."""
         return self._answer(now, peer, False)
 
-    def heard_of(self, peer: PeerId) -> None:
-        """It has signed something new: it may be back."""
-        self.failed.pop(peer, None)
+    def _fail(self, now: float, peer: PeerId) -> None:
+        """Doubtful for twice as long each time. That costs one who is back nothing: the doubtful are still asked."""
+        misses = min(self._misses.pop(peer, 0) + 1, MAX_MISSES)
+        self._misses[peer] = misses
+        while len(self._misses) > MAX_REMEMBERED:
+            del self._misses[next(iter(self._misses))]
+        self.failed[peer] = now + FAILED_FOR * self._ping_s * 2 ** (misses - 1)
 
     def _go_on(self, now: float, call: Call) -> list[Output]:
         """Ask as many as it takes, and end the call once its sample is found."""
@@ -102,7 +110,7 @@ class Asking:
         """Time is up for those who were asked together. Whoever answered after the sample was found counts as there."""
         late = [peer for peer in asked if call in self.calls and call.draw.awaits(peer)]
         for peer in late:
-            self.failed[peer] = now + FAILED_FOR * self._ping_s
+            self._fail(now, peer)
             call.draw.answered(peer, False)
         self._forget_pings({peer for peer in asked if not self._is_awaited(peer)})
         return self._go_on(now, call) if late else []
@@ -119,10 +127,11 @@ class Asking:
         out: list[Output] = []
         if alive:
             self.failed.pop(peer, None)
+            self._misses.pop(peer, None)
         for call in list(self.calls):
             if call.draw.awaits(peer):
                 if not alive:
-                    self.failed[peer] = now + FAILED_FOR * self._ping_s
+                    self._fail(now, peer)
                 call.draw.answered(peer, alive)
                 out += self._go_on(now, call)
         self._forget_pings([peer])

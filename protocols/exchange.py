@@ -198,7 +198,7 @@ class Exchange(Machine):
     def _on_offer(self, now: float, event: Received) -> list[Output]:
         assert isinstance(event.message, Offer)
         peer, ref = event.peer, event.message.ref
-        if not self._view.learns(peer) or not self.heeds_offers:
+        if not self._view.learns(peer) or not self._view.is_neighbour(peer) or not self.heeds_offers:
             return []
         if ref.size_bytes > self._max_model_bytes:
             detail = f"offered {ref.size_bytes} bytes, at most {self._max_model_bytes} fit the task"

@@ -158,6 +158,9 @@ class _Collect:
         """Of the round that begins, linked and waiting, once they are drawn."""
         self.result: ModelRef | None = None
         self.dropped = False
+        self.closed = False
+        self.pause_s = 0.0
+        """Between its beginning and the next round's."""
 
 
 class _Claim:
@@ -280,22 +283,30 @@ class Sampling(Machine):
     # --- the round estimate -----------------------------------------------------------------------------
     def _on_heartbeat(self, now: float, event: Received) -> list[Output]:
         assert isinstance(event.message, Heartbeat)
-        round_ = event.message.round
         if self.phase is Phase.DONE and self._own is not None and event.message.active:
             return [Send(event.peer, Offer(self._own))]  # the first one may have been lost
-        if round_ <= self.round or not self._is_plausible(round_):
-            return []
-        return self._see_round(now, round_)
+        return self._see_round(now, self._front())
+
+    def _front(self) -> int:
+        """The latest round that several neighbours are in, or half of them where there are few: no liar alone moves it.
+
+        Where only half of a few say so, a node that has been in rounds goes there a window at a time: they may be the ones who
+        are right, when a network of three has parted, but what one of two says in one beat must not count for ever.
+        """
+        rounds = sorted(map(self._view.round_of, self._view.learners()), reverse=True)
+        if not rounds:
+            return 0
+        some = rounds[min(_WITNESSES, max(1, len(rounds) // 2)) - 1]
+        most = rounds[min(_WITNESSES, len(rounds)) - 1]
+        is_new_here = self._own is not None and not self._own.round
+        front = some if is_new_here else max(min(some, self.round + self._settings.window), most)
+        return min(front, self._settings.rounds + 1 if self._settings.rounds else self.round + _MAX_LEAP)
 
     def _is_plausible(self, round_: int) -> bool:
-        """A leap beyond the window is believed once several neighbours are there, or all where there are fewer."""
+        """Within a window of where the neighbours are."""
         if 0 < self._settings.rounds < round_ - 1:
             return False
-        if round_ <= self.round + self._settings.window:
-            return True
-        neighbours = self._view.learners()
-        there = sum(self._view.round_of(peer) >= round_ - self._settings.window for peer in neighbours)
-        return there >= min(_WITNESSES, max(1, len(neighbours)))
+        return round_ <= max(self.round, self._front()) + self._settings.window
 
     def _see_round(self, now: float, round_: int) -> list[Output]:
         """A later round is said to be under way. Any neighbour can say so: no work is thrown away for it that goes on well."""
@@ -303,9 +314,13 @@ class Sampling(Machine):
             return []
         if self.round:
             self._longest_s = max(_FORGETS * self._longest_s, now - self._progress_at)
+        leapt = round_ > self.round + self._settings.window
         self.round, self._progress_at = round_, now
         self._view.round = round_
         out: list[Output] = []
+        if leapt:  # what was signed in rounds that were not believed then
+            for record in self._view.known_records():
+                out += self._heard(now, record)
         # A sign of life before others take this node for gone. A record of round 0 is as good as new in the first window.
         if round_ - self._view.record.round >= self._settings.window // 2:
             out += self._heard(now, self._view.refresh())
@@ -321,8 +336,7 @@ class Sampling(Machine):
             return []  # it would count as active for as long as it likes
         if not self.population.take(record, hold=not self._is_idle()):
             return []
-        self._asking.heard_of(PeerId(record.peer))
-        return self._begin_when_settled(now) + self._spreading.tell(record)
+        return self._begin_when_settled(now) + self._spreading.tell(now, record)
 
     def _is_idle(self) -> bool:
         """Whether no sample is drawn that a newcomer would change under its feet."""
@@ -401,6 +415,8 @@ class Sampling(Machine):
             if sum(map(len, by_digest.values())) > 1:
                 return []  # there is a timer already
             return [self._timers.set(self._settings.ping_s, self._choose_claim, round_, False)]
+        if self._settings.aggregators >= _COMPARED and not agreed and round_ > self.round + 1:
+            return self._drop_claims(round_)  # a lone aggregator leads nobody further than neighbours say
         liars = [claim for digest in by_digest if digest != most and agreed for claim in by_digest[digest]]
         out: list[Output] = [Penalise(each.peer, Reason.DISAGREES, f"round {round_}") for each in liars]
         return out + self._take_claimed(now, by_digest[most])
@@ -637,11 +653,13 @@ class Sampling(Machine):
                     return []
                 out += self._drop_collect(now, least.round)
             collect = self._collects[round_] = _Collect(round_, now, message.beacon)
+            collect.pause_s = self._settings.pause_s
             out += self._begin_collecting(now, collect)
         if peer in collect.models or collect.token or self._has_most(collect):
             return out
         if len(collect.expected) < 2 * self._settings.sample_size:
-            collect.expected.update(PeerId(each) for each in message.sample[: self._settings.sample_size])
+            named = (PeerId(each) for each in message.sample[: self._settings.sample_size])
+            collect.expected.update(each for each in named if self.population.get(each) is not None)
         collect.heard[peer] = message.heard
         if peer == self._view.me:
             self._exchange.hold(message.ref)
@@ -665,14 +683,20 @@ class Sampling(Machine):
                 self._let_go_all(then, sample)
                 return []
             collect.participants = sample
+            if len(sample) < min(self._settings.sample_size, len(order)):
+                # Others are out of reach, and may be the larger part: whoever has a whole sample is to be ahead of this one.
+                collect.pause_s = max(collect.pause_s, self._settings.deadline_s)
+                left_s = collect.pause_s - (then - collect.began_at)
+                if left_s > 0 and collect.result is not None:
+                    return [self._timers.set(left_s, self._hand_out_if_ready, collect)]
             return self._hand_out_if_ready(then, collect)
 
         order = self.population.order(collect.round, collect.beacon)
         return out + self._asking.draw(now, order, self._settings.sample_size, found)
 
     def _worth(self, collect: _Collect) -> tuple[int, int]:
-        """Which of too many collections is kept: the one with more models, so that names alone displace nothing."""
-        return len(collect.models), -abs(collect.round - self.round - 1)
+        """Which of too many collections is kept: those of the rounds that are due, then the one with more models."""
+        return -abs(collect.round - self.round - 1), len(collect.models)
 
     def _has_most(self, collect: _Collect) -> bool:
         return len(collect.models) + len(collect.coming) >= 2 * self._settings.sample_size
@@ -681,7 +705,11 @@ class Sampling(Machine):
         """Plexus: the whole part of the sample size and the success fraction, but at least one. Of those who trained the
         ones found gone are not waited for."""
         there = len(collect.expected - collect.gone - collect.models.keys()) + len(collect.models)
-        size = min(self._settings.sample_size, there) if collect.expected else self._settings.sample_size
+        size = self._settings.sample_size
+        # A trainer's word is not enough to make a sample smaller: all are named, or others say that the round has come.
+        is_whole = len(collect.expected) >= min(size, len(self.population.active(collect.round)))
+        if collect.expected and (is_whole or collect.round <= self.round + 1):
+            size = min(size, there)
         # 0.58 * 50 is a little less than 29.
         return max(1, int(size * self._settings.success_fraction + 1e-9))
 
@@ -711,7 +739,7 @@ class Sampling(Machine):
         """The deadline of a round, at an aggregator that still waits."""
         if collect.dropped or collect.token:
             return []
-        if collect.round < self.round - _LATE:
+        if not self.round - _LATE <= collect.round <= self.round + 1:
             return self._drop_collect(now, collect.round)
         few = min(self._settings.at_least, self._needed(collect))
         if collect.models and (len(collect.models) >= few or collect.overdue):
@@ -753,6 +781,7 @@ class Sampling(Machine):
         """A round's aggregate is made: it begins the next."""
         round_ = collect.round
         ref = collect.result = replace(ref, round=round_)
+        collect.closed = True
         self._closed_round = max(self._closed_round, round_)
         self.phase = Phase.WAITING
         out = [o for old in sorted(self._collects) if old < round_ for o in self._drop_collect(now, old)]
@@ -764,7 +793,7 @@ class Sampling(Machine):
         is_over = self._is_over(round_)
         if self._evaluating is None and not is_over and round_ % self._settings.evaluate_every == 0:
             out += self._evaluate(round_ - 1, ref, len(collect.models), now - collect.began_at)
-        rest = self._settings.pause_s - (now - collect.began_at)
+        rest = collect.pause_s - (now - collect.began_at)
         if rest > 0 and not is_over:
             return [*out, self._timers.set(rest, self._hand_out_if_ready, collect)]
         return out + self._hand_out_if_ready(now, collect)
@@ -778,11 +807,11 @@ class Sampling(Machine):
     def _hand_out_if_ready(self, now: float, collect: _Collect) -> list[Output]:
         """Once the aggregate, its pause and its participants are there."""
         ref, sample = collect.result, collect.participants
-        resting = now - collect.began_at < self._settings.pause_s - 1e-9
+        resting = now - collect.began_at < collect.pause_s - 1e-9
         if collect.dropped or ref is None or sample is None or (resting and not self._is_over(ref.round)):
             return []
         contributors = [peer for peer in {**collect.models, **collect.coming} if peer != self._view.me]
-        collect.participants = None
+        collect.participants = collect.result = None
         self._drop_collect(now, collect.round)
         if self._is_over(ref.round):
             out = self._finish(now, ref)
@@ -843,8 +872,8 @@ class Sampling(Machine):
         collect = self._collects.pop(round_)
         collect.dropped = True
         self._let_go_all(now, collect.participants or ())
-        if collect.result is not None:
-            return []  # the models were let go when it was made
+        if collect.closed:  # the models were let go when the result was made
+            return self._exchange.release(collect.result) if collect.result is not None else []
         return [out for ref in collect.models.values() for out in self._exchange.release(ref)]
 
     def _on_evaluated(self, now: float, event: Evaluated) -> list[Output]:
@@ -898,9 +927,9 @@ class Sampling(Machine):
         ref = event.message.ref
         if not self._is_ahead(ref) or not self._is_plausible(ref.round):
             return []
-        out = self._see_round(now, ref.round)
-        if not self._is_wanted(ref):
-            return out
+        out = self._see_round(now, min(ref.round, self._front()))
+        if not self._is_wanted(ref) or (self._is_over(ref.round) and self.round < self._settings.rounds):
+            return out  # the last one is offered again with every beat
         self._offers[event.peer] = ref
         if self._gathering:
             return out
@@ -985,6 +1014,13 @@ class Sampling(Machine):
         if self._is_idle():
             self.population.fold()
         out += self._spreading.compare(now)
+        # A brief link that only serves a long fetch would be taken for idle at its other end.
+        served = {*self._waiting_for, *(peer for each in self._serving for peer in each.aggregators)}
+        out += [
+            self._view.ping(peer, self._timers.new_token())
+            for peer in sorted(served)
+            if self._view.is_live(peer)
+        ]
         self._progress_at = min(self._progress_at, now)
         if now - self._watched_at > 2 * self._settings.ping_s:
             self._progress_at = now  # this node was asleep, and others may have gone on
@@ -1113,6 +1149,8 @@ _WITNESSES = 3
 """Neighbours that have to be in a round before a leap to it is believed."""
 _COMPARED = 3
 """Aggregators from which on their models are compared."""
+_MAX_LEAP = 2**20
+"""Rounds that neighbours can move a node on at a time: far from where numbers end on the wire."""
 _SPARE_CLAIMS = 4
 _KEPT_COLLECTS = 4
 _LATE = 2

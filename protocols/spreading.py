@@ -15,6 +15,8 @@ from protocols.vocabulary import MAX_PEERS_PER_MESSAGE, PeerId, PeerRecord
 
 FLUSH_S = 1.0
 """For which news are gathered."""
+TELL_S = 5.0
+"""Between two records of one author that are passed on."""
 CENSUS_S = 60.0
 """Between two comparisons with some neighbour."""
 ANSWER_S = 10.0
@@ -31,12 +33,22 @@ class Spreading:
         self._fanout = fanout
         self._news: dict[PeerId, PeerRecord] = {}
         self._flushing = False
+        self._told: dict[PeerId, float] = {}
+        """By author, when its word was passed on last, oldest first."""
         self._compared_at = 0.0
         self._answered: dict[PeerId, float] = {}
 
-    def tell(self, record: PeerRecord) -> list[Output]:
-        """A few neighbours, soon; each passes on what is new to it."""
-        self._news[PeerId(record.peer)] = record
+    def tell(self, now: float, record: PeerRecord) -> list[Output]:
+        """A few neighbours, soon; each passes on what is new to it. Who signs without end is passed on now and then, and
+        what that leaves out a census repairs."""
+        peer = PeerId(record.peer)
+        if not record.left and now - self._told.get(peer, -TELL_S) < TELL_S:
+            return []
+        self._told.pop(peer, None)
+        self._told[peer] = now
+        while self._told and now - next(iter(self._told.values())) >= TELL_S:
+            del self._told[next(iter(self._told))]
+        self._news[peer] = record
         if self._flushing:
             return []
         self._flushing = True

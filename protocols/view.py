@@ -132,6 +132,7 @@ class _Link:
         "probed",
         "round",
         "since",
+        "told",
         "used_at",
         "vouched",
     )
@@ -148,6 +149,8 @@ class _Link:
         """Whether its hello says that it learns at all; `active`, whether it still does."""
         self.active = True
         self.closing = False
+        self.told = False
+        """Whether its end is in the log already, with the peer's own reason."""
         """Refused or said goodbye: what still comes in until the link is down means nothing."""
         self.round = 0
         self.probed = False
@@ -218,7 +221,8 @@ class View(Machine):
         self._rejoin_at = inf
         self._rotating: PeerId | None = None
         self._denied_at = -inf
-        self._epoch_s = 0.0
+        self._beat_by = inf
+        self._epoch_s = inf  # until the clock is known every invitation that may expire has expired
         """The wall clock's time at `now` 0."""
         self._stopping = False
         self.round = 0
@@ -472,15 +476,19 @@ class View(Machine):
         if entry := self._book.get(peer):
             entry.dialling = False
             if reason is not Reason.DUPLICATE:
+                # One that greets and goes, again and again, is waited for longer each time.
+                lasted = link is None or now - link.since > self._settings.redial_max_s
+                entry.short_lived = 0 if lasted else entry.short_lived + 1
                 entry.last_reason = (
                     f"{reason.value}: {detail}" if detail else entry.last_reason or reason.value
                 )
                 self._back_off(now, entry, reason)
         if link and link.hello and not link.brief:
-            out += [
-                Emit(LinkChanged(peer=peer, up=False, reason=reason.value, num_live=self.num_live())),
-                PeerDown(peer, reason),
-            ]
+            if not link.told:
+                out.append(
+                    Emit(LinkChanged(peer=peer, up=False, reason=reason.value, num_live=self.num_live()))
+                )
+            out.append(PeerDown(peer, reason))
         if reason is not Reason.DUPLICATE:
             out += self._lost(now, peer, reason)
         return out + self._maintain(now)
@@ -534,6 +542,11 @@ class View(Machine):
         if timer.owner != "view" or self._stopping:
             return []
         if timer.name == "beat":
+            if now > self._beat_by:
+                # This process stood still, and what neighbours said meanwhile waits to be read.
+                for link in self._links.values():
+                    link.heard_at = now
+            self._beat_by = now + STANDSTILL * self._settings.heartbeat_s
             return [
                 SetTimer(Timer("view", "beat", 0), self._settings.heartbeat_s),
                 *self.heartbeat(),
@@ -570,8 +583,10 @@ class View(Machine):
 
     def _is_spent(self, now: float, peer: PeerId, link: _Link) -> bool:
         """Whoever has dialled a brief link ends it; who does not is not put up with for ever."""
-        patience_s = self._settings.brief_s * (1 if link.outbound else PUT_UP_WITH)
-        return link.brief and now - link.used_at > patience_s and peer not in self._wanted
+        brief_s = self._settings.brief_s
+        is_idle = now - link.used_at > brief_s * (1 if link.outbound else PUT_UP_WITH)
+        is_old = not link.outbound and now - link.since > brief_s * PUT_UP_WITH**2
+        return link.brief and (is_idle or is_old) and peer not in self._wanted
 
     def _ask_about(self, now: float, peer: PeerId, link: _Link) -> list[Output]:
         """SWIM's probe and indirect probes of a neighbour that is silent."""
@@ -604,8 +619,8 @@ class View(Machine):
 
     def _spread_news(self) -> list[Output]:
         """What is new, to every neighbour, once: each of them passes on what is new to it."""
-        if not self._news:
-            return []
+        if not self._news or not self.num_live():
+            return []  # kept until somebody is there to hear it
         news = [self._news.popleft() for _ in range(min(len(self._news), MAX_PEERS_PER_MESSAGE))]
         records = tuple(item for item in news if isinstance(item, PeerRecord))
         suspicions = tuple(item for item in news if isinstance(item, Suspicion))
@@ -650,7 +665,12 @@ class View(Machine):
         target = self._settings.target_degree
         if not target or self.num_live() <= target + max(target // 2, SLACK):
             return []
-        spare = [peer for peer in self._links if self.is_neighbour(peer) and peer not in self._wanted]
+        spare = [
+            peer
+            for peer, link in self._links.items()
+            # Whom this node has chosen itself no crowd of newcomers takes the place of.
+            if self.is_neighbour(peer) and not link.outbound and peer not in self._wanted
+        ]
         return self.close(spare[0], Reason.SURPLUS, "it makes room for newcomers") if spare else []
 
     def _rotate(self, now: float) -> list[Output]:
@@ -786,7 +806,7 @@ class View(Machine):
             entry = self._book.get(PeerId(suspicion.peer))
             if entry is None or entry.suspected or suspicion.incarnation < entry.incarnation:
                 continue
-            if suspicion.incarnation <= entry.doubted:
+            if suspicion.incarnation > entry.incarnation or suspicion.incarnation <= entry.doubted:
                 continue  # or two that are linked with it would tell each other without end
             entry.doubted = suspicion.incarnation
             # Whoever has a link to it believes that; and passes it on, so that the suspected can deny it.
@@ -890,7 +910,7 @@ class View(Machine):
                         return self.turn_away(
                             peer, Reason.FORGED, "it told of this node what it has not signed"
                         )
-                    self._outdo(record)
+                    self._outdo(now, record)
                 continue
             if not self._book.is_known_newer(record):
                 continue
@@ -900,13 +920,17 @@ class View(Machine):
                     *self.turn_away(peer, Reason.FORGED, "it told of a peer that has not signed this"),
                 ]
             self._believe(record, peer)
-            out.append(RecordHeard(record))
+            entry = self._book.get(PeerId(record.peer))
+            if entry is not None and entry.record == record:  # what one neighbour may bring in has a bound
+                out.append(RecordHeard(record))
         return out + self._maintain(now)
 
-    def _outdo(self, record: PeerRecord) -> None:
-        """A word of this node's own from a former life stands above the present one."""
-        if record.incarnation < self.record.incarnation:
+    def _outdo(self, now: float, record: PeerRecord) -> None:
+        """A word of this node's own from a former life stands above the present one. Once a beat at the most: where two
+        machines have the same key, each outdoes the other for ever."""
+        if record.incarnation < self.record.incarnation or now - self._denied_at < self._settings.heartbeat_s:
             return
+        self._denied_at = now
         self._say(at_least=record.incarnation + 1)
         self._tell(self.record)
 
@@ -930,6 +954,7 @@ class View(Machine):
             return [Disconnect(peer, reason)]
         if entry := self._book.get(peer):
             entry.last_reason = f"refused by peer, {reason.value}: {detail}"
+        link.told = True
         return [
             Emit(
                 LinkChanged(
@@ -952,7 +977,8 @@ class View(Machine):
         patient = reason in HOSTILE or reason in _MISFIT
         if reason is not Reason.SURPLUS and reason is not Reason.FULL:  # it is there, and answers
             entry.failures += 1
-        wait = settings.redial_max_s if patient else settings.redial_base_s * 2 ** min(entry.failures - 1, 16)
+        tries = max(entry.failures, entry.short_lived)
+        wait = settings.redial_max_s if patient else settings.redial_base_s * 2 ** min(tries - 1, 16)
         entry.next_dial_at = now + min(wait, settings.redial_max_s) * (0.5 + self._rng.random() / 2)
 
     def _maintain(self, now: float) -> list[Output]:
@@ -1039,6 +1065,8 @@ MAX_NEWS = 256
 MAX_QUESTS = 64
 """Answers that others wait for at one time, after they asked us to reach a peer."""
 MAX_AWAITED = 256
+STANDSTILL = 2
+"""Beats without one of its own after which a node takes nobody's silence for theirs."""
 PUT_UP_WITH = 6
 """How many times longer than its own a node leaves an idle brief link that another has dialled."""
 FAILURES_TO_SUSPECT = 2

@@ -867,6 +867,7 @@ def test_after_half_the_time_a_silent_neighbour_is_asked_itself_and_through_othe
     assert not of(Disconnect, out)
     assert not probes(beat(view, 16)), "once for one silence"
     say(view, A, Heartbeat(0, True), 17)
+    beat(view, 22)
     hear(view, helpers, 27)
     assert probes(beat(view, 28)), "and again for the next"
 
@@ -1476,3 +1477,31 @@ def test_status_tells_the_state_of_each_peer() -> None:
     row = next(row for row in view.status() if row.peer == C)
     assert (row.state, row.failures, row.last_reason) == ("known", 1, "timeout: no answer")
     assert row.bootstrap
+
+
+def test_a_node_that_stood_still_itself_takes_nobody_for_gone() -> None:
+    view, helpers, _ = silent()
+    beat(view, 16)
+    out = beat(view, 300)
+    assert not of(Disconnect, out)
+    assert not probes(out)
+    for now in (305, 310, 315, 320):
+        hear(view, helpers, now)
+        out = beat(view, now)
+    assert of(Disconnect, [*out, *beat(view, 325)]) == [Disconnect(A, Reason.SILENT)], "and then counts anew"
+
+
+def test_a_peer_that_greets_and_goes_is_waited_for_longer_each_time() -> None:
+    view = make_view(bootstrap=(address(A),), redial_base_s=1, redial_max_s=30)
+    start(view)
+    now, dials = 0.0, 0
+    view.step(now, LinkUp(A, True, address(A)))
+    while now < 600:
+        say(view, A, hello(A), now)
+        out = view.step(now, LinkDown(A, Reason.LINK))
+        timer = redial(out)
+        assert timer is not None
+        now += timer.after_s
+        dials += len(dialled(view.step(now, TimerFired(timer.timer))))
+        view.step(now, LinkUp(A, True, address(A)))
+    assert dials < 60
