@@ -426,7 +426,9 @@ class SampledNetwork:
             assert sampling._trainer is None, where
             assert not sampling._serving, where
             assert not sampling._closing, where
-            assert not sampling._asking.pings, f"{where}: pings never taken back: {len(sampling._asking.pings)}"
+            assert not sampling._asking.pings, (
+                f"{where}: pings never taken back: {len(sampling._asking.pings)}"
+            )
             self.check_held(node, own=1, others=0)
             assert set(node.blobs) <= {*node.core.exchange._held}, where  # type: ignore[union-attr]
 
