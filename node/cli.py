@@ -30,7 +30,7 @@ from node.cli_common import (
     run_node,
     settings_of,
 )
-from node.config import CONFIG_FILE, Setting, load_config, to_toml, toml_value
+from node.config import CONFIG_FILE, Setting, load_config, shown, shown_as_toml, toml_value
 from node.identity import KEY_FILE, create_key, load_key, peer_id_of
 from protocols.errors import ConfigError, CoveyError, LocalError
 
@@ -299,9 +299,9 @@ def config_show(home: Home = DEFAULT_HOME, as_json: Json = False) -> None:
     """Show every setting in force, defaults and environment included."""
     config = load_config(home)
     if as_json:
-        print_json(msgspec.to_builtins(config))
+        print_json(shown(config))
     else:
-        typer.echo(to_toml(config))
+        typer.echo(shown_as_toml(config))
 
 
 @app.command()

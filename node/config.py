@@ -377,6 +377,19 @@ def to_toml(config: Config) -> str:
     return _render(msgspec.to_builtins(config))
 
 
+def shown(config: Config) -> dict[str, Any]:
+    """The whole config as plain tables, to be shown: people paste them."""
+    tables: dict[str, Any] = msgspec.to_builtins(config)
+    if tables["network"]["psk"] is not None:
+        tables["network"]["psk"] = "(a secret, see the file)"
+    return tables
+
+
+def shown_as_toml(config: Config) -> str:
+    """The same as TOML."""
+    return _render(shown(config))
+
+
 def _render(data: Mapping[str, Any]) -> str:
     lines: list[str] = []
     for name, table in data.items():

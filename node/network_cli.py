@@ -136,6 +136,11 @@ def new(
     """
     told = settings_of(task, protocol, option, set_)
     config = _config_for_new(home, told)
+    for each in own_option or ():
+        if each not in config.task.options:
+            raise ConfigError(
+                "--own-option", f"'{each}' is no option that is set here", sorted(config.task.options)
+            )
     task_file = find_task_file(config.task.name, [Path.cwd(), home] if task else [home])
     code = None if task_file is None else read_bounded(task_file, MAX_TASK_BYTES)
     _check_targets(target, code)

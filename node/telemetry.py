@@ -119,7 +119,9 @@ class Telemetry:
                 assert_never(record)
 
     def _on_round(self, record: RoundDone, at_s: float) -> None:
-        self.last_round = record
+        # Not every round is evaluated: the last figures stand until there are others.
+        known = record.metrics or (self.last_round.metrics if self.last_round else {})
+        self.last_round = msgspec.structs.replace(record, metrics=known)
         self._round.set(record.round)
         self._merged.set(record.num_merged)
         for name, value in record.metrics.items():

@@ -776,3 +776,48 @@ def test_no_byte_of_a_link_can_be_changed_unseen(data: st.DataObject) -> None:
     except ConfigError:
         return
     assert found.manifest == LINK.manifest
+
+
+def test_a_home_may_be_named_from_here(covey: Covey, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(TASK)
+    new(covey, Path("home"), "--task", "mine.py:make_task")
+    assert join(covey, link_of(covey, Path("home")), Path("guest")).code == 0
+    assert (tmp_path / "guest" / TASK_FILE).read_text() == TASK
+
+
+def test_a_task_file_that_reads_otherwise_than_it_runs_is_refused(covey: Covey, tmp_path: Path) -> None:
+    """Shown as UTF-8 this is a comment; Python, told of another encoding, would run what is in it."""
+    hidden = "# -*- coding: utf-7 -*-\n# thanks +AAo-print('hidden')+AAo-\n" + TASK
+    (tmp_path / "mine.py").write_text(hidden)
+    failed(
+        covey("network", "new", "--home", tmp_path / "home", "--task", "mine.py:make_task"), "UTF-8", code=2
+    )
+
+
+def test_an_option_kept_back_has_to_be_one(covey: Covey, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(TASK)
+    arguments = ("--task", "mine.py:make_task", "--option", "rows=9", "--own-option", "row")
+    outcome = covey("network", "new", "--home", tmp_path / "home", *arguments)
+    failed(outcome, "--own-option: 'row' is no option that is set here (allowed: rows)", code=2)
+
+
+def test_the_users_own_config_survives_every_join(covey: Covey, tmp_path: Path) -> None:
+    for name in ("one", "other"):
+        new(covey, tmp_path / name, "--name", name)
+    guest = tmp_path / "guest"
+    covey("init", "--home", guest)
+    mine = (guest / CONFIG_FILE).read_text() + "\n# my own words\n"
+    (guest / CONFIG_FILE).write_text(mine)
+    assert join(covey, link_of(covey, tmp_path / "one"), guest).code == 0
+    join(covey, link_of(covey, tmp_path / "one"), guest)
+    assert (guest / f"{CONFIG_FILE}.old").read_text() == mine
+
+
+def test_what_is_shown_of_a_config_is_fit_to_be_pasted(covey: Covey, tmp_path: Path) -> None:
+    new(covey, tmp_path / "home", "--psk")
+    secret = load_config(tmp_path / "home", {}).network.psk
+    assert secret is not None
+    for arguments in ((), ("--json",)):
+        told = covey("config", "show", "--home", tmp_path / "home", *arguments).out
+        assert secret not in told
+        assert "a secret" in told
