@@ -322,6 +322,8 @@ class Gossip(Machine):
     def _catch_up_if_enough(self, now: float, event: Event | Notice) -> list[Output]:
         if self._merging:
             return []  # their merge is under way
+        if not self._is_far_behind(now):
+            return self._begin(now, event)  # those who were ahead have gone
         num_recent = len(self._recent())
         enough = min(WITNESSES, len(self._view.learners()))
         if num_recent >= max(1, enough):
@@ -345,7 +347,9 @@ class Gossip(Machine):
     def _begin_anew(self, now: float) -> list[Output]:
         assert self._own is not None
         recent = self._recent()
-        self._merging = tuple(Input(peer, self._inbox.pop(peer), 0) for peer in recent)
+        self._merging = tuple(
+            Input(peer, self._inbox.pop(peer), max(0, self.round - ref.round)) for peer, ref in recent.items()
+        )
         front = self._front()
         if self._settings.catch_up == "merge":
             own = msgspec.structs.replace(self._own, round=front)

@@ -17,6 +17,8 @@ from protocols.events import (
     FetchGaveUp,
     Forget,
     Keep,
+    LinkDown,
+    PeerDown,
     Received,
     Send,
     SetTimer,
@@ -285,3 +287,14 @@ def test_after_the_only_offer_has_failed_another_one_is_taken() -> None:
     (gave_up,) = of(FetchGaveUp, out)
     (again,) = of(Fetch, sampling.step(0, gave_up))
     assert (again.peer, again.ref) == ("n2", low)
+
+
+def test_who_waits_for_neighbours_that_have_gone_goes_on_alone() -> None:
+    rig = late(A)
+    rig.train(ref(2))
+    assert rig.gossip.phase is Phase.CATCHING_UP
+    down = LinkDown(A, Reason.LINK)
+    for event in (down, PeerDown(A, Reason.LINK)):
+        rig.view.step(1, event)
+        out = rig.step(event)
+    assert of(Train, out)[0].ref == OWN
