@@ -104,7 +104,11 @@ class Asking:
         for peer in call.reached:
             if peer not in sample:
                 self._view.let_go(now, peer)
-        return out + call.then(now, sample)
+        out += call.then(now, sample)
+        if not self.calls:
+            # No sample is drawn any more that a newcomer would change under its feet.
+            self._population.fold()
+        return out
 
     def _miss(self, now: float, call: Call, asked: list[PeerId]) -> list[Output]:
         """Time is up for those who were asked together. Whoever answered after the sample was found counts as there."""

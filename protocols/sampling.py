@@ -708,10 +708,15 @@ class Sampling(Machine):
         size = self._settings.sample_size
         # A trainer's word is not enough to make a sample smaller: all are named, or others say that the round has come.
         is_whole = len(collect.expected) >= min(size, len(self.population.active(collect.round)))
-        if collect.expected and (is_whole or collect.round <= self.round + 1):
+        if collect.expected and (is_whole or self._is_due(collect)):
             size = min(size, there)
         # 0.58 * 50 is a little less than 29.
         return max(1, int(size * self._settings.success_fraction + 1e-9))
+
+    def _is_due(self, collect: _Collect) -> bool:
+        """Whether the round is the one that neighbours lead to expect, or several have trained for it: what a node hears of
+        rounds that it has no part in comes late."""
+        return collect.round <= self.round + _EARLY or len(collect.models) >= self._settings.at_least
 
     def _check_participants(self, now: float, collect: _Collect) -> list[Output]:
         """Whether those who still owe their model are there."""
@@ -739,7 +744,7 @@ class Sampling(Machine):
         """The deadline of a round, at an aggregator that still waits."""
         if collect.dropped or collect.token:
             return []
-        if not self.round - _LATE <= collect.round <= self.round + 1:
+        if collect.round < self.round - _LATE or not self._is_due(collect):
             return self._drop_collect(now, collect.round)
         few = min(self._settings.at_least, self._needed(collect))
         if collect.models and (len(collect.models) >= few or collect.overdue):
@@ -1153,6 +1158,8 @@ _MAX_LEAP = 2**20
 """Rounds that neighbours can move a node on at a time: far from where numbers end on the wire."""
 _SPARE_CLAIMS = 4
 _KEPT_COLLECTS = 4
+_EARLY = 2
+"""Rounds that a lone model may be ahead of what an aggregator knows."""
 _LATE = 2
 """Rounds that the others may be ahead of an aggregator at its deadline before it gives its own up."""
 _MAX_ATTEMPTS = 3
