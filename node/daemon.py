@@ -399,8 +399,7 @@ class Daemon:
         while True:
             await asyncio.sleep(ALONE_S)
             known = driver.core.peers()
-            # Not `num_live`: a link that was refused counts until it is down.
-            if not known or any(row.state == "live" for row in known):
+            if not known or driver.core.view.num_live():
                 alone_s, say_at_s, pause_s = 0.0, ALONE_S, ALONE_S
                 continue
             alone_s += ALONE_S

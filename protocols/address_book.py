@@ -6,7 +6,6 @@ views that are shuffled follow HyParView (Leitao et al. 2007) and Cyclon (Voulga
 
 import random
 from collections.abc import Collection, Iterator, Sequence
-from math import inf
 
 from protocols.signing import is_newer
 from protocols.vocabulary import MAX_ADDRESSES, PeerId, PeerRecord, peer_of
@@ -187,8 +186,3 @@ class AddressBook:
         others = [address for address in addresses if address not in self._fixed][:KEPT_ADDRESSES]
         kept = [address for address in addresses if address in self._fixed or address in others]
         return tuple(kept[:MAX_ADDRESSES])
-
-    def earliest_dial(self, free: Collection[PeerId], now: float) -> float:
-        """When the next of these may be dialled, of those whose time has not come; infinite where there is none."""
-        waits = [self._entries[peer].next_dial_at for peer in free]
-        return min((at for at in waits if at > now), default=inf)

@@ -243,10 +243,6 @@ class View(Machine):
         """What this node says of itself."""
         return self._hello.record
 
-    @property
-    def signatures(self) -> Signatures:
-        return self._signatures
-
     def live_learners(self) -> list[PeerId]:
         """Greeted neighbours that are still learning, in order of linking."""
         return [
@@ -274,9 +270,13 @@ class View(Machine):
             count += self._rng.random() < expected - count
         return [self._rng.choice(peers)] if count == 1 else self._rng.sample(peers, count)
 
+    def neighbours(self) -> list[PeerId]:
+        """Greeted peers on links that are kept, in order of linking."""
+        return [peer for peer in self._links if self.is_neighbour(peer)]
+
     def some_neighbours(self, count: int) -> list[PeerId]:
         """So many neighbours, drawn, or all there are."""
-        peers = [peer for peer in self._links if self.is_neighbour(peer)]
+        peers = self.neighbours()
         return peers if len(peers) <= count else self._rng.sample(peers, count)
 
     def is_gone(self, peer: PeerId) -> bool:
@@ -308,10 +308,8 @@ class View(Machine):
         return link.round if link else 0
 
     def num_live(self) -> int:
-        """Neighbours: greeted links that are kept."""
-        return sum(
-            link.hello is not None and not link.brief and not link.closing for link in self._links.values()
-        )
+        """How many neighbours there are."""
+        return len(self.neighbours())
 
     def num_known(self) -> int:
         return len(self._book)
@@ -593,7 +591,7 @@ class View(Machine):
         link.asked_at = now
         self._token += 1
         out: list[Output] = [Send(peer, Ping(self._token))]
-        helpers = [p for p, other in self._links.items() if p != peer and self.is_live(p) and not other.brief]
+        helpers = [helper for helper in self.neighbours() if helper != peer]
         for helper in self._rng.sample(helpers, min(self._settings.helpers, len(helpers))):
             self._await(peer)
             out.append(Send(helper, Probe(self._token, peer)))
@@ -626,12 +624,7 @@ class View(Machine):
         suspicions = tuple(item for item in news if isinstance(item, Suspicion))
         messages: list[LinkMessage] = [Peers(records)] if records else []
         messages += [Suspects(suspicions)] if suspicions else []
-        return [
-            Send(peer, message)
-            for peer, link in self._links.items()
-            if link.hello and not link.closing and not link.brief
-            for message in messages
-        ]
+        return [Send(peer, message) for peer in self.neighbours() for message in messages]
 
     def _keep_mixed(self, now: float) -> list[Output]:
         """Shuffles, and now and then another link, and a look at who was lost."""
@@ -641,7 +634,7 @@ class View(Machine):
         out: list[Output] = []
         if now >= self._shuffle_at:
             self._shuffle_at = now + self._spread(settings.shuffle_s)
-            neighbours = [peer for peer in self._links if self.is_neighbour(peer)]
+            neighbours = self.neighbours()
             if neighbours:
                 out += self._shuffle(now, self._rng.choice(neighbours))
             out += self._thin_out()
