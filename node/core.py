@@ -13,6 +13,7 @@ from msgspec import Struct, field
 from msgspec.structs import replace
 
 from protocols.admission import Admission, AdmissionPolicy
+from protocols.content import Content, ContentSettings
 from protocols.events import Effect, Event, Halt, Notice, Phase, Received, StopRequested
 from protocols.exchange import Exchange, ExchangeSettings
 from protocols.gossip import Gossip, GossipSettings
@@ -39,6 +40,7 @@ class CoreSettings(Struct, frozen=True):
     base, members: of a node that learns by scalars, the digest of the model that all begin with, and the author keys of
         `scalars.members`.
     policy: whom to link with; admission: what this node shows where others ask.
+    content: how to exchange what is shared; None for a node that has no part in it.
     """
 
     network: str
@@ -55,6 +57,7 @@ class CoreSettings(Struct, frozen=True):
     members: frozenset[bytes] = frozenset()
     policy: AdmissionPolicy = AdmissionPolicy()
     admission: Admission | None = None
+    content: ContentSettings | None = None
 
 
 class NodeCore:
@@ -84,7 +87,9 @@ class NodeCore:
         if self.learning is None:
             self.exchange.open = False
             self.view.active = False
-        self._machines = tuple(m for m in (self.view, self.exchange, self.learning) if m is not None)
+        self.content = Content(settings.content, self.view, rng, signatures) if settings.content else None
+        machines = (self.view, self.exchange, self.learning, self.content)
+        self._machines = tuple(machine for machine in machines if machine is not None)
         self._handlers = _handlers(tuple(type(machine) for machine in self._machines))
 
     def step(self, now: float, event: Event) -> list[Effect]:

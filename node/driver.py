@@ -19,7 +19,7 @@ import msgspec
 from node.compute import WorkOrder, WorkResult
 from node.core import NodeCore
 from node.manners import DeviceSettings, Manners
-from node.ports import Clock, Network, NetworkEvent
+from node.ports import Clock, Contents, Network, NetworkEvent
 from node.scalar_store import ScalarStore
 from node.store import BlobStore, History
 from node.telemetry import Telemetry
@@ -39,9 +39,12 @@ from protocols.events import (
     Forget,
     Halt,
     Keep,
+    KeepEntries,
     KeepPeer,
     KeepScalars,
     Penalise,
+    Recall,
+    Recalled,
     Received,
     Record,
     Replay,
@@ -88,6 +91,7 @@ class Driver:
 
     scalars: where a node that learns by scalars keeps its log.
     manners: what holds back the beginning of a round; left out, nothing does.
+    contents: where a node that shares content keeps what is said of it.
     """
 
     def __init__(
@@ -101,6 +105,7 @@ class Driver:
         perform: Perform,
         scalars: ScalarStore | None = None,
         manners: Manners | None = None,
+        contents: Contents | None = None,
     ) -> None:
         self.core = core
         self._clock = clock
@@ -109,6 +114,7 @@ class Driver:
         self._history = history
         self._telemetry = telemetry
         self._scalars = scalars
+        self._contents = contents
         self._loop = asyncio.get_running_loop()
         self._worker = WorkerThread(perform, self._from_worker)
         self._manners = manners or Manners(DeviceSettings(), clock)
@@ -176,14 +182,13 @@ class Driver:
                 # Here and now: what a node has signed must be on its disk before anybody hears of it. If the disk
                 # refuses, the node halts rather than contradict itself after a restart.
                 self._scalars.keep(records, checkpoint, cut)
+            case Keep() | Forget() | KeepEntries() | Recall():
+                self._disk.submit(self._on_disk, effect)
             case Fetch():
                 self._fetch(effect)
-            case Keep(ref):
-                self._disk.submit(self._keep, ref)
-            case Forget(ref):
-                self._disk.submit(self._store.forget, ref.digest)
             case Emit(record):
                 self._write(self._record, record)
+                self._tell_contents(record)
             case Penalise(peer, reason, detail):
                 self._telemetry.refusal(peer, reason, detail)
             case KeepPeer(record):
@@ -196,6 +201,18 @@ class Driver:
                 self.halted.set()
             case _:
                 assert_never(effect)
+
+    def _on_disk(self, effect: Keep | Forget | KeepEntries | Recall) -> None:
+        """Runs on the thread of the disk."""
+        match effect:
+            case Keep(ref):
+                self._keep(ref)
+            case Forget(ref):
+                self._store.forget(ref.digest)
+            case KeepEntries():
+                self._keep_entries(effect)
+            case Recall():
+                self._recall(effect)
 
     # --- manners ----------------------------------------------------------------------------------------
     @property
@@ -265,6 +282,10 @@ class Driver:
         if isinstance(record, RoundDone):
             self._history.add_round(record, at_s)
 
+    def _tell_contents(self, record: Record) -> None:
+        if self._contents is not None:
+            self._contents.on_record(record)
+
     def _write(self, action: Callable[[T, float], None], record: T) -> None:
         """A full disk loses a record, not the effects that come after it."""
         try:
@@ -277,6 +298,23 @@ class Driver:
             self._store.keep(ref)
         except LocalError as error:
             self._telemetry.warning("checkpoint not kept", reason=str(error))
+
+    def _keep_entries(self, effect: KeepEntries) -> None:
+        assert self._contents is not None
+        try:
+            self._contents.keep(effect)
+        except (OSError, sqlite3.Error) as error:
+            # What is not kept is never served, so that no number of the own feed is given away twice.
+            self._telemetry.warning("entries not kept", reason=str(error))
+
+    def _recall(self, effect: Recall) -> None:
+        assert self._contents is not None
+        try:
+            recalled = self._contents.recall(effect)
+        except (OSError, sqlite3.Error) as error:
+            self._telemetry.warning("entries not read", reason=str(error))
+            recalled = Recalled(effect.token, ())
+        self._on_loop(self.handle, recalled)
 
     def _fetch_took(self, token: int) -> float:
         now = self._clock.now()

@@ -13,9 +13,13 @@ from protocols.events import (
     Discovered,
     Fetched,
     FetchFailed,
+    KeepEntries,
     LinkDown,
     LinkUp,
+    Recall,
+    Recalled,
     Received,
+    Record,
     Rejected,
 )
 from protocols.messages import LinkMessage
@@ -57,6 +61,17 @@ class Network(Protocol):
     def send(self, peer: PeerId, message: LinkMessage) -> None: ...
 
     def fetch(self, token: int, peer: PeerId, ref: ModelRef, others: Sequence[PeerId] = ()) -> None: ...
+
+
+class Contents(Protocol):
+    """What a node keeps of shared content, and of what others say of it. `keep` and `recall` are called on the disk's thread, in
+    the order of the effects; `on_record` on the loop."""
+
+    def keep(self, effect: KeepEntries) -> None: ...
+
+    def recall(self, effect: Recall) -> Recalled: ...
+
+    def on_record(self, record: Record) -> None: ...
 
 
 def fetch_failure(peer: PeerId, failures: Mapping[PeerId, PeerError]) -> PeerError:

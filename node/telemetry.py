@@ -13,7 +13,17 @@ import msgspec
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from protocols.events import CaughtUp, FinalMergeDone, LearningDone, LinkChanged, Record, RoundDone, Trouble
+from protocols.events import (
+    CaughtUp,
+    ContentHeld,
+    ContentMissing,
+    FinalMergeDone,
+    LearningDone,
+    LinkChanged,
+    Record,
+    RoundDone,
+    Trouble,
+)
 from protocols.vocabulary import PeerId, Reason
 
 
@@ -112,6 +122,10 @@ class Telemetry:
             case Trouble(what, detail):
                 self._trouble.labels(what).inc()
                 self._log.warning("work failed", what=what, detail=detail)
+            case ContentHeld(digest, sources):
+                self._log.info("content held", digest=digest.hex(), sources=list(sources))
+            case ContentMissing(digest, detail):
+                self._log.warning("content missing", digest=digest.hex(), reason=detail)
             case LearningDone(round_):
                 self._round.set(round_)
                 self._log.info("learning done; serving on", round=round_)

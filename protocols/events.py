@@ -10,8 +10,19 @@ from typing import Literal
 
 from msgspec import Struct
 
+from protocols.entries import Batch, Cut, Entry, Feed, Head, Want
 from protocols.messages import Hello, LinkMessage
-from protocols.vocabulary import Checkpoint, Detail, ModelRef, PeerId, PeerRecord, Reason, ScalarRecord
+from protocols.vocabulary import (
+    Checkpoint,
+    ContentRef,
+    Detail,
+    Digest,
+    ModelRef,
+    PeerId,
+    PeerRecord,
+    Reason,
+    ScalarRecord,
+)
 
 
 class _Fact(Struct, frozen=True, tag=True):
@@ -25,6 +36,7 @@ class Started(_Fact, frozen=True, omit_defaults=True):
     checkpoint, records: of a node that learns by scalars, what it kept; `ref` is then the base model.
     unix_s: the wall clock's time now. A node's incarnation begins with it, so that its word of today counts more than that
         of its former lives, and invitations end by it.
+    heads: where the feeds stand that the node keeps, its own among them.
     """
 
     addresses: tuple[str, ...]
@@ -33,6 +45,7 @@ class Started(_Fact, frozen=True, omit_defaults=True):
     checkpoint: Checkpoint | None = None
     records: tuple[ScalarRecord, ...] = ()
     unix_s: float = 0.0
+    heads: tuple[tuple[Feed, tuple[Head, ...]], ...] = ()
 
 
 class LinkUp(_Fact, frozen=True):
@@ -127,6 +140,50 @@ class WorkFailed(_Fact, frozen=True):
     detail: Detail
 
 
+class Publish(_Fact, frozen=True):
+    """The operator says something to all: entries of one feed, in order."""
+
+    feed: Feed
+    entries: tuple[Entry, ...]
+
+
+class BeginAnew(_Fact, frozen=True):
+    """The operator takes back all that it has said in a feed."""
+
+    feed: Feed
+
+
+class Get(_Fact, frozen=True):
+    """The operator wants content. Answered by the record `ContentHeld` or `ContentMissing`, once; what is asked for already is
+    asked for once.
+
+    hints: peers that may hold it, such as its sharers.
+    """
+
+    ref: ContentRef
+    hints: tuple[PeerId, ...] = ()
+
+
+class Drop(_Fact, frozen=True):
+    """The operator wants it no more."""
+
+    digest: Digest
+
+
+class Hold(_Fact, frozen=True):
+    """The node's shell serves these contents from now on, or does not any more."""
+
+    digests: tuple[Digest, ...]
+    held: bool = True
+
+
+class Recalled(_Fact, frozen=True):
+    """What a `Recall` brought: whole batches, in the order of the wants."""
+
+    token: int
+    batches: tuple[Batch, ...]
+
+
 class StopRequested(_Fact, frozen=True):
     """The operator wants out: say goodbye, keep what is worth keeping, halt."""
 
@@ -148,6 +205,12 @@ Event = (
     | Estimated
     | Replayed
     | WorkFailed
+    | Publish
+    | BeginAnew
+    | Get
+    | Drop
+    | Hold
+    | Recalled
     | StopRequested
 )
 
@@ -201,8 +264,12 @@ class FetchGaveUp(Notice, frozen=True):
 
 
 # --- effects out ----------------------------------------------------------------------------------------
+Owner = Literal["view", "exchange", "learning", "content"]
+"""The machine that a timer belongs to."""
+
+
 class Timer(_Fact, frozen=True):
-    owner: Literal["view", "exchange", "learning"]
+    owner: Owner
     name: str
     token: int
 
@@ -239,7 +306,7 @@ class Fetch(_Fact, frozen=True, omit_defaults=True):
 
     token: int
     peer: PeerId
-    ref: ModelRef
+    ref: ModelRef | ContentRef
     others: tuple[PeerId, ...] = ()
 
 
@@ -329,6 +396,29 @@ class KeepScalars(_Fact, frozen=True):
     cut: int = 0
 
 
+class KeepEntries(_Fact, frozen=True):
+    """Make these entries durable; those of `cuts` go first.
+
+    They are checked: a batch goes on where the author's feed ends, or comes after a cut.
+    """
+
+    feed: Feed
+    batches: tuple[Batch, ...]
+    cuts: tuple[Cut, ...] = ()
+
+
+class Recall(_Fact, frozen=True):
+    """Bring entries for a peer, each author's up to an entry that has its signature. Answered by `Recalled`.
+
+    max_bytes: of all together, encoded; what does not fit is left out at the end.
+    """
+
+    token: int
+    feed: Feed
+    wants: tuple[Want, ...]
+    max_bytes: int
+
+
 class Keep(_Fact, frozen=True):
     """Make this model the newest durable checkpoint."""
 
@@ -377,6 +467,8 @@ Effect = (
     | Estimate
     | Replay
     | KeepScalars
+    | KeepEntries
+    | Recall
     | Keep
     | Forget
     | KeepPeer
@@ -467,4 +559,28 @@ class LearningDone(_Fact, frozen=True):
     round: int
 
 
-Record = RoundDone | FinalMergeDone | CaughtUp | LinkChanged | Trouble | LearningDone
+class ContentHeld(_Fact, frozen=True):
+    """Content that the operator wanted is here, whole and checked."""
+
+    digest: Digest
+    sources: tuple[PeerId, ...]
+    """Whom it was asked of."""
+
+
+class ContentMissing(_Fact, frozen=True):
+    """Content that the operator wanted cannot be had now."""
+
+    digest: Digest
+    detail: Detail
+
+
+Record = (
+    ContentHeld
+    | ContentMissing
+    | RoundDone
+    | FinalMergeDone
+    | CaughtUp
+    | LinkChanged
+    | Trouble
+    | LearningDone
+)

@@ -9,13 +9,17 @@ from typing import Annotated
 from msgspec import Meta, Struct
 
 from protocols.admission import Admission
+from protocols.entries import Batch, Feed, FeedMark
 from protocols.vocabulary import (
     CENSUS_BYTES,
     CHUNK_BYTES,
+    MAX_AUTHOR_BITS,
+    MAX_BATCHES_PER_MESSAGE,
     MAX_CHUNKS,
     MAX_CODES,
     MAX_IDS_PER_MESSAGE,
     MAX_INCARNATION,
+    MAX_MARKS_PER_MESSAGE,
     MAX_MODEL_BYTES,
     MAX_PEERS_PER_MESSAGE,
     MAX_RANGES_PER_MESSAGE,
@@ -269,6 +273,44 @@ class Closed(Message, frozen=True, tag="closed"):
     round: Round
 
 
+# --- shared content -------------------------------------------------------------------------------------
+class Ask(Message, frozen=True, tag="ask"):
+    """Send me entries of this feed that I lack, of authors whose keys begin with these bits."""
+
+    token: Token
+    feed: Feed
+    bits: Annotated[int, Meta(ge=0, le=MAX_AUTHOR_BITS)]
+    """How many bits of the key count; 0 means all authors."""
+    prefix: Annotated[int, Meta(ge=0, le=2**MAX_AUTHOR_BITS)]
+    """Their value, most significant bit first."""
+    marks: Annotated[tuple[FeedMark, ...], Meta(max_length=MAX_MARKS_PER_MESSAGE)]
+    """All authors among these that the asker knows of, and how far."""
+
+
+class Entries(Message, frozen=True, tag="entries"):
+    """An answer, or one part of it."""
+
+    token: Token
+    feed: Feed
+    batches: Annotated[tuple[Batch, ...], Meta(max_length=MAX_BATCHES_PER_MESSAGE)]
+    last: bool
+    """No part comes after this one."""
+
+
+class Seek(Message, frozen=True, tag="seek"):
+    """Do you hold this content?"""
+
+    token: Token
+    digest: WireDigest
+
+
+class Found(Message, frozen=True, tag="found"):
+    """Whether I do, whole, and will serve it."""
+
+    token: Token
+    held: bool
+
+
 LinkMessage = (
     Hello
     | Refuse
@@ -294,6 +336,10 @@ LinkMessage = (
     | AggregatedModel
     | Receipt
     | Closed
+    | Ask
+    | Entries
+    | Seek
+    | Found
 )
 
 

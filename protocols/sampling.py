@@ -190,7 +190,7 @@ class Sampling(Machine):
         exchange.heeds_offers = False
         self.population = Population(view.me, settings.max_members, settings.window, ORDERS[settings.order])
         self._own: ModelRef | None = None
-        self._timers = Timers("sampling")
+        self._timers = Timers("learning", "sampling")
         self._asking = Asking(view, self.population, self._timers, settings.ping_s)
         self._spreading = Spreading(view, self.population, self._timers, settings.fanout)
         self._trainer: _Trainer | None = None

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from math import ceil
 
+from protocols.budget import Budget
 from protocols.events import Penalise, Send
 from protocols.machine import Output
 from protocols.messages import Holding, Marks, Pull, Ranges, RoundRange, Scalars
@@ -39,24 +40,6 @@ QUESTION = 20
 """Records that a question costs: the log has to be gone through for it."""
 
 
-class _Budget:
-    """Tokens that come back with time."""
-
-    __slots__ = ("_at", "_left")
-
-    def __init__(self) -> None:
-        self._left = 2.0 * RECORDS_PER_S
-        self._at = 0.0
-
-    def take(self, now: float, tokens: int = 1) -> bool:
-        self._left = min(2.0 * RECORDS_PER_S, self._left + (now - self._at) * RECORDS_PER_S)
-        self._at = now
-        if self._left < tokens:
-            return False
-        self._left -= tokens
-        return True
-
-
 class Fellow:
     """A neighbour under the same terms."""
 
@@ -69,8 +52,8 @@ class Fellow:
         self.round = 0
         """That it last said to have behind it."""
         self.strikes = 0
-        self.taken = _Budget()
-        self.served = _Budget()
+        self.taken = Budget(RECORDS_PER_S)
+        self.served = Budget(RECORDS_PER_S)
 
 
 class Flood:

@@ -6,7 +6,7 @@ For machines in which many things wait at once; where only one does, a counter i
 from collections.abc import Callable
 from typing import Any
 
-from protocols.events import SetTimer, Timer, TimerFired
+from protocols.events import Owner, SetTimer, Timer, TimerFired
 from protocols.machine import Output
 
 Later = Callable[[float], list[Output]]
@@ -14,11 +14,12 @@ Later = Callable[[float], list[Output]]
 
 
 class Timers:
-    """The timers and the tokens of a learning machine; `name` is what traces call them by."""
+    """The timers and the tokens of one machine. name: what traces call them by; tokens are counted from `first_token` on."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, owner: Owner, name: str, first_token: int = 0) -> None:
+        self._owner = owner
         self._name = name
-        self._token = 0
+        self._token = first_token
         self.due: dict[int, Later] = {}
         """What is still to come, by token."""
 
@@ -31,11 +32,11 @@ class Timers:
         """Call `then(now, *args)` after so many seconds."""
         token = self.new_token()
         self.due[token] = later(then, *args)
-        return SetTimer(Timer("learning", self._name, token), after_s)
+        return SetTimer(Timer(self._owner, self._name, token), after_s)
 
     def fired(self, now: float, event: TimerFired) -> list[Output]:
         """One that is not known, or another machine's, means nothing."""
-        then = self.due.pop(event.timer.token, None) if event.timer.owner == "learning" else None
+        then = self.due.pop(event.timer.token, None) if event.timer.owner == self._owner else None
         return then(now) if then is not None else []
 
 

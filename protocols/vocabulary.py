@@ -38,6 +38,23 @@ MAX_SAMPLES = 2**40
 MAX_SAMPLE = 256
 """Participants of one round."""
 CENSUS_BYTES = 256
+CHAIN_BYTES = 16
+"""Of the running hash over an author's entries."""
+MAX_EPOCH = 2**48
+MAX_SEQ = 2**32
+MAX_DAY = 2**20
+MAX_ENTRIES_PER_BATCH = 128
+MAX_ENTRY_BYTES = 8 * 1024
+MAX_BATCH_BYTES = 48 * 1024
+"""Encoded: a batch fits a frame with room for what goes around it."""
+MAX_BATCHES_PER_MESSAGE = 128
+MAX_MARKS_PER_MESSAGE = 1024
+MAX_AUTHOR_BITS = 20
+MAX_TERMS = 8
+MAX_TERM_CHARS = 64
+MAX_TAGS = 16
+MAX_DETAILS = 16
+MAX_CONTENT_BYTES = MAX_MODEL_BYTES
 DIGEST_BYTES = 32
 
 PeerId = NewType("PeerId", str)
@@ -98,6 +115,8 @@ class Reason(StrEnum):
     # decentralised sampling
     LEAP = "leap"  # a round number far beyond any that neighbours know
     DISAGREES = "disagrees"  # an aggregate unlike that of most aggregators
+    # shared content
+    UNASKED = "unasked"  # entries that nobody asked for, or more than were asked for
     # no one's fault
     BUSY = "busy"
     GONE = "gone"
@@ -139,6 +158,13 @@ class ModelRef(Struct, frozen=True, array_like=True, forbid_unknown_fields=True)
     size_bytes: Annotated[int, Meta(ge=1, le=MAX_MODEL_BYTES)]
     round: Round
     num_samples: Annotated[int, Meta(ge=1, le=MAX_SAMPLES)]
+
+
+class ContentRef(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+    """Shared content as the core knows it: bytes of no meaning to it."""
+
+    digest: WireDigest
+    size_bytes: Annotated[int, Meta(ge=1, le=MAX_CONTENT_BYTES)]
 
 
 AuthorKey = Annotated[bytes, Meta(min_length=KEY_BYTES, max_length=KEY_BYTES)]

@@ -39,10 +39,12 @@ from protocols.events import (
     Forget,
     Halt,
     Keep,
+    KeepEntries,
     KeepPeer,
     KeepScalars,
     LearningDone,
     Penalise,
+    Recall,
     Record,
     Replay,
     Replayed,
@@ -621,7 +623,11 @@ class World:
     def _fetch(self, node: SimNode, effect: Fetch) -> None:
         assert node.port is not None
         self.fetches += 1
+        assert isinstance(effect.ref, ModelRef), "no scenario gets shared content"
         node.port.fetch(effect.token, effect.peer, effect.ref, effect.others)
+
+    def _share(self, node: SimNode, effect: KeepEntries | Recall) -> None:
+        raise AssertionError("no scenario shares content; `covey sim grank` has a network of its own")
 
     def _keep(self, node: SimNode, effect: Keep) -> None:
         node.checkpoint = effect.ref, node.held[effect.ref.digest]
@@ -1035,6 +1041,8 @@ _PERFORM: dict[type, Callable[[World, SimNode, Any], None]] = {
     Estimate: World._estimate,
     Replay: World._replay,
     KeepScalars: World._keep_scalars,
+    KeepEntries: World._share,
+    Recall: World._share,
     Fetch: World._fetch,
     Keep: World._keep,
     Forget: World._forget,
