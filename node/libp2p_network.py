@@ -35,10 +35,9 @@ from multiaddr import Multiaddr
 
 from node.addresses import check_free, dialable, split_tcp
 from node.discovery import Discovery
-from node.libp2p_transfer import LINGER_S, READ_BYTES, STALL_TIMEOUT_S, ModelTransfers, read, root_cause
+from node.libp2p_transfer import LINGER_S, READ_BYTES, STALL_TIMEOUT_S, Blobs, Transfers, read, root_cause
 from node.ports import Deliver, NetworkEvent
 from node.rate_limit import TokenBucket, check_limit
-from node.store import BlobStore
 from protocols.codec import encode, link_decoder
 from protocols.errors import ConfigError, LocalError, PeerError
 from protocols.events import (
@@ -50,7 +49,7 @@ from protocols.events import (
     Rejected,
 )
 from protocols.messages import LinkMessage
-from protocols.vocabulary import ModelRef, PeerId, Reason, one_line, peer_of
+from protocols.vocabulary import ContentRef, ModelRef, PeerId, Reason, one_line, peer_of
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +103,7 @@ class Libp2pNetwork:
         self,
         key: Ed25519PrivateKey,
         listen: Sequence[str],
-        store: BlobStore,
+        store: Blobs,
         deliver: Deliver,
         announce: Sequence[str] = (),
         on_crash: Callable[[BaseException], None] = lambda error: None,
@@ -123,7 +122,7 @@ class Libp2pNetwork:
         self._discovery = discovery
         self._links: dict[PeerId, _Link] = {}
         self._dialling: set[PeerId] = set()
-        self._transfers = ModelTransfers(self, store, *_buckets(up_bytes_per_s, down_bytes_per_s), may_serve)
+        self._transfers = Transfers(self, store, *_buckets(up_bytes_per_s, down_bytes_per_s), may_serve)
         self._inbox: deque[tuple[NetworkEvent, _Link | None]] = deque()
         """Events, and with a `LinkUp` the link."""
         self._told: dict[PeerId, _Link] = {}
@@ -171,11 +170,13 @@ class Libp2pNetwork:
         if link := self._told.get(peer):
             self._command(self._enqueue, link, message)
 
-    def fetch(self, token: int, peer: PeerId, ref: ModelRef, others: Sequence[PeerId] = ()) -> None:
+    def fetch(
+        self, token: int, peer: PeerId, ref: ModelRef | ContentRef, others: Sequence[PeerId] = ()
+    ) -> None:
         self._command(self._start_fetch, token, peer, ref, tuple(others))
 
     def set_limits(self, up_bytes_per_s: int, down_bytes_per_s: int) -> None:
-        """How fast models may go out and come in from now on; 0 is no limit. Messages are counted and not limited.
+        """How fast models and contents may go out and come in from now on; 0 is no limit. Messages are counted, not limited.
 
         Raises:
             ConfigError: a limit is below `rate_limit.MIN_BYTES_PER_S`.
@@ -184,7 +185,7 @@ class Libp2pNetwork:
 
     # --- for whoever watches: called on the asyncio loop --------------------------------------------------
     def bytes_by_peer(self) -> dict[PeerId, tuple[int, int]]:
-        """Bytes sent to and received from each linked peer since it linked up, models and messages."""
+        """Bytes sent to and received from each linked peer since it linked up, all that passes."""
         return {peer: (link.bytes_sent, link.bytes_received) for peer, link in list(self._links.items())}
 
     def round_trips_s(self) -> dict[PeerId, float]:
@@ -455,8 +456,10 @@ class Libp2pNetwork:
         # A peer that has stopped reading would hold our last words, and the link, for ever.
         link.scope.deadline = trio.current_time() + CLOSE_TIMEOUT_S
 
-    # --- transfers: what `ModelTransfers` needs of the links ----------------------------------------------
-    def _start_fetch(self, token: int, peer: PeerId, ref: ModelRef, others: tuple[PeerId, ...]) -> None:
+    # --- transfers: what `Transfers` needs of the links ----------------------------------------------
+    def _start_fetch(
+        self, token: int, peer: PeerId, ref: ModelRef | ContentRef, others: tuple[PeerId, ...]
+    ) -> None:
         self.start_soon(self._transfers.fetch, token, peer, ref, others)
 
     async def _on_fetch_stream(self, stream: INetStream) -> None:

@@ -1,4 +1,4 @@
-"""Models over libp2p streams: pulled from several peers at once, served to several, within the node's limits.
+"""Models and contents over libp2p streams: pulled from several peers at once, served to several, within the node's limits.
 
 Part of the adapter in `libp2p_network.py`, which knows the links; runs in its thread. What to ask of whom is decided in
 `chunk_queue.py`, how fast bytes may pass in `rate_limit.py`.
@@ -17,13 +17,13 @@ from libp2p.stream_muxer.exceptions import MuxedStreamEOF
 from node.chunk_queue import ChunkQueue
 from node.ports import NetworkEvent, fetch_failure
 from node.rate_limit import TokenBucket
-from node.store import Blob, BlobStore, Incoming
+from node.store import Blob, Incoming
 from protocols.blob import chunk_length, num_chunks
 from protocols.codec import FrameDecoder, encode, fetch_decoder
-from protocols.errors import PeerError
+from protocols.errors import LocalError, PeerError
 from protocols.events import Fetched, FetchFailed, Rejected
 from protocols.messages import FetchHeader, FetchMessage, FetchRefused, FetchRequest
-from protocols.vocabulary import HOSTILE, ModelRef, PeerId, Reason, one_line
+from protocols.vocabulary import HOSTILE, ContentRef, ModelRef, PeerId, Reason, one_line
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +34,7 @@ CHUNK_TIMEOUT_S = 60.0
 LINGER_S = 1.0
 """How long the end of a stream may take."""
 MAX_SERVES = 8
+"""Streams of models, and as many of contents: who takes an hour for a film keeps nobody from learning."""
 MAX_SERVES_PER_PEER = 4
 MAX_ASKED_CHUNKS = 4
 """Asked of one peer and not here yet: enough for a line of 40 MB/s and 0.1 s there and back."""
@@ -59,13 +60,25 @@ class Links(Protocol):
     def start_soon(self, work: Callable[..., Awaitable[object]], *args: object) -> None: ...
 
 
-class ModelTransfers:
+class Blobs(Protocol):
+    """What transfers need of the store, whose blobs may be of several kinds."""
+
+    def get(self, digest: bytes) -> Blob | None: ...
+
+    def holds(self, ref: Any) -> bool: ...
+
+    def incoming(self, ref: Any) -> Incoming: ...
+
+    def admit(self, incoming: Incoming) -> None: ...
+
+
+class Transfers:
     """All fetches and serves of one node."""
 
     def __init__(
         self,
         links: Links,
-        store: BlobStore,
+        store: Blobs,
         up: TokenBucket,
         down: TokenBucket,
         may_serve: Callable[[int], bool] = lambda num_bytes: True,
@@ -74,7 +87,10 @@ class ModelTransfers:
         self._may_serve = may_serve
         self._links = links
         self._store = store
-        self._serves: Counter[PeerId] = Counter()
+        self._serves: Counter[tuple[str, PeerId]] = Counter()
+        """Streams that are being answered, by the lane of the blob and by peer."""
+        self._opening = trio.Lock()
+        """Two fetches of one blob must not begin at once."""
         self.places = trio.CapacityLimiter(math.inf)
         """For the streams that are read from at once, however many fetches they are of."""
         self.set_limits(up, down)
@@ -85,27 +101,33 @@ class ModelTransfers:
         self.places.total_tokens = down.max_streams
 
     # --- fetching ---------------------------------------------------------------------------------------
-    async def fetch(self, token: int, peer: PeerId, ref: ModelRef, others: Sequence[PeerId]) -> None:
+    async def fetch(
+        self, token: int, peer: PeerId, ref: ModelRef | ContentRef, others: Sequence[PeerId]
+    ) -> None:
         """Answered by one `Fetched` or `FetchFailed`."""
         event: NetworkEvent = Fetched(token)
         try:
             await self._fetch_blob(tuple(dict.fromkeys((peer, *others))), ref)
         except PeerError as error:
             event = FetchFailed(token, error.reason, one_line(error.detail))
+        except LocalError as error:
+            event = FetchFailed(token, Reason.BUSY, one_line(str(error)))
         except OSError as error:
             event = FetchFailed(token, Reason.BUSY, one_line(f"our disk: {error}"))
-        except Exception as error:  # the task boundary: what one model does must not end the thread for all
+        except Exception as error:  # the task boundary: what one blob does must not end the thread for all
             event = FetchFailed(token, Reason.LINK, one_line(root_cause(error)))
         await self._links.post(event)
 
-    async def _fetch_blob(self, sources: tuple[PeerId, ...], ref: ModelRef) -> None:
-        if self._store.get(ref.digest):
-            return
-        incoming = self._store.incoming(ref)
-        if incoming.busy:
-            raise PeerError(Reason.BUSY, "this model is being fetched already")
-        incoming.busy = True
+    async def _fetch_blob(self, sources: tuple[PeerId, ...], ref: ModelRef | ContentRef) -> None:
+        async with self._opening:
+            if await trio.to_thread.run_sync(self._store.holds, ref):
+                return
+            incoming = await trio.to_thread.run_sync(self._store.incoming, ref)
+            if incoming.busy:
+                raise PeerError(Reason.BUSY, "this is being fetched already")
+            incoming.busy = True
         try:
+            await trio.to_thread.run_sync(incoming.recover, abandon_on_cancel=True)  # type: ignore[call-arg]
             await _Download(self, self._links, sources, incoming).run()
             # Looking at every weight takes a while for a large model: not on the thread that moves bytes.
             await trio.to_thread.run_sync(
@@ -135,31 +157,36 @@ class ModelTransfers:
         request = await self._read_request(peer, stream, decoder)
         if request is None:
             return
-        blob = self._store.get(request.digest) if self._links.is_linked(peer) else None
+        blob = None
+        if self._links.is_linked(peer):
+            blob = await trio.to_thread.run_sync(self._store.get, request.digest)
         if blob is not None and not self._may_serve(blob.size_bytes):
             blob = None
-        if blob is None or not self._has_place(peer):
+        if blob is None or not self._has_place(blob.lane, peer):
             await self._say(peer, stream, FetchRefused(Reason.GONE if blob is None else Reason.BUSY))
             return
-        self._serves[peer] += 1
+        place = (blob.lane, peer)
+        self._serves[place] += 1
         try:
             await self._say(peer, stream, FetchHeader(blob.size_bytes, blob.chunk_hashes))
             while request is not None:
                 await self._serve_range(peer, stream, blob, request)
                 last, request = request, await self._read_request(peer, stream, decoder)
                 if request is not None and request.digest != last.digest:
-                    raise PeerError(Reason.MALFORMED, "a fetch stream is for one model")
+                    raise PeerError(Reason.MALFORMED, "a fetch stream is for one blob")
         finally:
-            self._serves -= Counter([peer])
+            self._serves -= Counter([place])
 
-    def _has_place(self, peer: PeerId) -> bool:
+    def _has_place(self, lane: str, peer: PeerId) -> bool:
         max_serves = min(MAX_SERVES, self.up.max_streams)
-        return self._serves.total() < max_serves and self._serves[peer] < MAX_SERVES_PER_PEER
+        num_serves = sum(count for (other, _), count in self._serves.items() if other == lane)
+        return num_serves < max_serves and self._serves[lane, peer] < MAX_SERVES_PER_PEER
 
     async def _serve_range(self, peer: PeerId, stream: INetStream, blob: Blob, request: FetchRequest) -> None:
         end = min(request.first_chunk + request.num_chunks, num_chunks(blob.size_bytes))
         for index in range(request.first_chunk, end):
-            chunk = blob.read(index)
+            # A disk may take its time, and a content is hashed: not on the thread that moves bytes.
+            chunk = await trio.to_thread.run_sync(blob.read, index)
             if not self._may_serve(len(chunk)):
                 raise OSError("this device has spent its bytes of the month")
             # Whoever takes longer for one chunk holds a place that others wait for.
@@ -191,7 +218,7 @@ class ModelTransfers:
         await self.write(peer, stream, encode(message))
 
     async def write(self, peer: PeerId, stream: INetStream, data: bytes) -> None:
-        """A frame. Model bytes alone are limited."""
+        """A frame. The bytes of blobs alone are limited."""
         with trio.fail_after(STALL_TIMEOUT_S):
             await stream.write(data)
         self._links.count(peer, sent=len(data))
@@ -213,7 +240,7 @@ class ModelTransfers:
 
 
 class _Download:
-    """One model on its way in.
+    """One blob on its way in.
 
     One task a source reads chunks, and `run` checks and writes them on another thread. In memory are at most a chunk a
     source and two more. No task is ever cancelled: inside the library that could break off a write, which leaves the cipher
@@ -221,7 +248,7 @@ class _Download:
     """
 
     def __init__(
-        self, transfers: ModelTransfers, links: Links, sources: tuple[PeerId, ...], incoming: Incoming
+        self, transfers: Transfers, links: Links, sources: tuple[PeerId, ...], incoming: Incoming
     ) -> None:
         self._transfers = transfers
         self._links = links
@@ -237,6 +264,7 @@ class _Download:
 
         Raises:
             PeerError: every source has failed.
+            LocalError: a content is not wanted any more, or has no room.
             OSError: our disk refuses.
         """
         to_disk, chunks = trio.open_memory_channel[_Chunk](1)

@@ -1,6 +1,7 @@
 """What a node keeps on disk: blobs that travel, checkpoints that last, known peers and past rounds.
 
-Home layout: `covey.toml identity.pem api.json api.token lock covey.db models/ checkpoints/ scratch/ rounds.jsonl`.
+Home layout: `covey.toml identity.pem api.json api.token lock covey.db models/ checkpoints/ scratch/ rounds.jsonl`. Shared
+content lies beside it, see `content_store.py` and `library.py`.
 
 A blob enters `models/` only whole and checked. A checkpoint is synced to disk before it gets its name, and
 its name holds its digest, so that after any crash each file is either right or recognised as damaged.
@@ -22,7 +23,7 @@ from protocols.blob import check_chunk, check_header, digest_of, num_chunks
 from protocols.errors import LocalError, PeerError
 from protocols.events import RoundDone
 from protocols.messages import FetchHeader
-from protocols.vocabulary import CHUNK_BYTES, Digest, ModelRef, PeerRecord, Reason
+from protocols.vocabulary import CHUNK_BYTES, ContentRef, Digest, ModelRef, PeerRecord, Reason
 
 NUM_CHECKPOINTS = 3
 """The newest may be damaged by the disk; two older ones stand behind it."""
@@ -65,6 +66,9 @@ class HomeLock:
 class Blob:
     """A whole blob, read by chunk."""
 
+    lane = "model"
+    """Blobs of one lane share places to be served in, so that those of another never wait for them."""
+
     def __init__(self, path: Path, size_bytes: int, chunk_hashes: tuple[bytes, ...]) -> None:
         self.path = path
         self.size_bytes = size_bytes
@@ -80,7 +84,7 @@ class Blob:
 class Incoming:
     """A blob on its way in. Chunks come in any order; each is checked before it is written, so it can be taken up again."""
 
-    def __init__(self, path: Path, ref: ModelRef) -> None:
+    def __init__(self, path: Path, ref: ModelRef | ContentRef) -> None:
         self.path = path
         self.ref = ref
         self.held: set[int] = set()
@@ -88,6 +92,9 @@ class Incoming:
         self.chunk_hashes: tuple[bytes, ...] = ()
         """Of all chunks, once a header has proved them."""
         self.busy = False
+
+    def recover(self) -> None:
+        """Find what an earlier process has left, if such things last. May read it all."""
 
     def prove(self, header: FetchHeader) -> None:
         """Take the chunks' hashes from a header.
@@ -154,6 +161,10 @@ class BlobStore:
     def get(self, digest: bytes) -> Blob | None:
         """The blob, if it is held whole."""
         return self._blobs.get(Digest(digest))
+
+    def holds(self, ref: ModelRef) -> bool:
+        """Whether the model is held whole."""
+        return self.get(ref.digest) is not None
 
     def path(self, ref: ModelRef) -> Path:
         """Where a held model lies.

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 
 from protocols.errors import PeerError
 from protocols.messages import FetchHeader
-from protocols.vocabulary import CHUNK_BYTES, Digest, ModelRef, Reason
+from protocols.vocabulary import CHUNK_BYTES, ContentRef, Digest, ModelRef, Reason
 
 _DOMAIN = b"covey-blob-1"
 
@@ -44,7 +44,7 @@ def hash_blob(data: bytes | memoryview) -> tuple[Digest, tuple[bytes, ...]]:
     return digest_of(len(data), hashes), hashes
 
 
-def check_header(ref: ModelRef, header: FetchHeader) -> None:
+def check_header(ref: ModelRef | ContentRef, header: FetchHeader) -> None:
     """The header is the one that the offer promised.
 
     Raises:

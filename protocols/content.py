@@ -12,7 +12,7 @@ from typing import Annotated, ClassVar
 from msgspec import Meta, Struct
 
 from protocols.budget import Budget
-from protocols.entries import Batch, Cut, Feed, FeedMark
+from protocols.entries import Batch, Feed, FeedMark
 from protocols.errors import PeerError
 from protocols.events import (
     BeginAnew,
@@ -42,7 +42,7 @@ from protocols.events import (
     Trouble,
     Unreachable,
 )
-from protocols.feeds import DAY_S, FeedLimits, FeedSet, batch_bytes, begins_with
+from protocols.feeds import DAY_S, FeedLimits, FeedSet, Taken, batch_bytes, begins_with
 from protocols.machine import Handler, Machine, Output
 from protocols.messages import Ask, Entries, Found, Seek
 from protocols.signing import Signatures
@@ -53,6 +53,8 @@ from protocols.vocabulary import (
     MAX_AUTHOR_BITS,
     MAX_BATCH_BYTES,
     MAX_BATCHES_PER_MESSAGE,
+    MAX_ENTRIES_PER_ANSWER,
+    MAX_ENTRIES_PER_BATCH,
     MAX_MARKS_PER_MESSAGE,
     ContentRef,
     Digest,
@@ -98,9 +100,9 @@ class ContentSettings(Struct, frozen=True, forbid_unknown_fields=True):
     """The newest are kept. Fewer blunt whoever clicks without end, and forget what people liked long ago."""
     max_items_per_author: Annotated[int, Meta(ge=1, le=1_000_000)] = 5_000
     """The same for what an author shares and withdraws."""
-    entries_per_answer: Annotated[int, Meta(ge=1, le=100_000)] = 2_000
+    entries_per_answer: Annotated[int, Meta(ge=MAX_ENTRIES_PER_BATCH, le=MAX_ENTRIES_PER_ANSWER)] = 2_000
     """Of all authors together, asked or answered."""
-    entries_per_author: Annotated[int, Meta(ge=1, le=100_000)] = 256
+    entries_per_author: Annotated[int, Meta(ge=MAX_ENTRIES_PER_BATCH, le=MAX_ENTRIES_PER_ANSWER)] = 256
     """Of one author in one answer, so that one who says much does not crowd out the others."""
     expire_days: Annotated[int, Meta(ge=1, le=36_500)] = 180
     """Whoever has said nothing for longer is forgotten. A node renews what it shares itself in time."""
@@ -133,6 +135,8 @@ class _Getting:
         self.reached: list[PeerId] = []
         """Peers that the view was asked to reach for this, to be let go."""
         self.holders: dict[PeerId, None] = {}
+        self.sources: tuple[PeerId, ...] = ()
+        """Holders that it is pulled from."""
         self.liars: set[PeerId] = set()
         self.tries = 0
         self.token = 0
@@ -171,6 +175,7 @@ class Content(Machine):
         self._unix_s = 0.0
         self._pulling: PeerId | None = None
         """Whom the view was asked to reach for a pull."""
+        self._num_pulls = 0
         self._questions: dict[int, _Question] = {}
         self._recalls: dict[int, tuple[PeerId, int, Feed]] = {}
         """Entries that are being brought for a peer: whose question, and which."""
@@ -191,7 +196,10 @@ class Content(Machine):
         return [SetTimer(Timer("content", "pull", 0), wait * self._rng.uniform(0.5, 1.5))]
 
     def _on_publish(self, now: float, event: Publish) -> list[Output]:
-        batches = self.feeds[event.feed].publish(event.entries, self._unix_s + now)
+        try:
+            batches = self.feeds[event.feed].publish(event.entries, self._unix_s + now)
+        except ValueError as error:
+            return [Emit(Trouble("content", str(error)))]
         return [KeepEntries(event.feed, tuple(batches))]
 
     def _on_begin_anew(self, now: float, event: BeginAnew) -> list[Output]:
@@ -231,9 +239,10 @@ class Content(Machine):
         if not peers:
             return []
         peer = self._pulling = self._rng.choice(peers)
+        self._num_pulls += 1
         return [
             *self._view.reach(now, peer),
-            self._timers.set(ANSWER_S, self._give_up_pull, peer),
+            self._timers.set(ANSWER_S, self._give_up_pull, peer, self._num_pulls),
         ]
 
     def _others(self) -> list[PeerId]:
@@ -243,9 +252,9 @@ class Content(Machine):
         linked = dict.fromkeys((*self._view.neighbours(), *known))
         return [peer for peer in linked if peer != me and not self._view.is_gone(peer)]
 
-    def _give_up_pull(self, now: float, peer: PeerId) -> list[Output]:
-        """It was not reached, or had the time of one answer: what follows has time of its own."""
-        if self._pulling == peer:
+    def _give_up_pull(self, now: float, peer: PeerId, number: int) -> list[Output]:
+        """It was not reached in time."""
+        if self._pulling == peer and self._num_pulls == number:
             self._pulling = None
             self._view.let_go(now, peer)
         return []
@@ -287,7 +296,7 @@ class Content(Machine):
         question = _Question(peer, feed, bits, prefix, self._settings.entries_per_answer, follows)
         self._questions[token] = question
         return [
-            Send(peer, Ask(token, feed, bits, prefix, feeds.marks(bits, prefix))),
+            Send(peer, Ask(token, feed, bits, prefix, feeds.marks(bits, prefix), question.left)),
             self._timers.set(ANSWER_S, self._give_up, token),
         ]
 
@@ -317,10 +326,9 @@ class Content(Machine):
         self, now: float, peer: PeerId, question: _Question, batches: tuple[Batch, ...]
     ) -> list[Output]:
         feeds = self.feeds[question.feed]
-        kept: list[Batch] = []
-        cuts: list[Cut] = []
-        refusals: list[Output] = []
         unix_s = self._unix_s + now
+        keeps: list[KeepEntries] = []
+        refusals: list[Output] = []
         for batch in batches:
             question.left -= len(batch.entries)
             try:
@@ -330,20 +338,21 @@ class Content(Machine):
             except PeerError as error:
                 refusals += self._strike(peer, error.reason, error.detail)
                 break
-            cuts += taken.cuts
+            _add(keeps, question.feed, taken)
             if taken.batch is not None:
-                kept.append(taken.batch)
                 question.brought += len(taken.batch.entries)
             if any(cut.void for cut in taken.cuts):
-                # Whoever brings the proof is not the one that it convicts.
-                detail = f"author {batch.author.hex()[:12]} signed two stories"
-                refusals.append(Penalise(PeerId(""), Reason.EQUIVOCATION, detail))
-                if batch.author == self._signatures.author:
-                    what = f"what this node said in its {question.feed.value} is void: its key is in use elsewhere, or its home is an old copy"
-                    refusals.append(Emit(Trouble("content", what)))
-        if not kept and not cuts:
-            return refusals
-        return [KeepEntries(question.feed, tuple(kept), tuple(cuts)), *refusals]
+                refusals += self._tell_void(batch.author, question.feed)
+        return [*keeps, *refusals]
+
+    def _tell_void(self, author: bytes, feed: Feed) -> list[Output]:
+        """Whoever brings the proof is not the one that it convicts."""
+        detail = f"author {author.hex()[:12]} signed two stories"
+        out: list[Output] = [Penalise(PeerId(""), Reason.EQUIVOCATION, detail)]
+        if author == self._signatures.author:
+            what = f"what this node said in its {feed.value} is void: its key is in use elsewhere, or its home is an old copy"
+            out.append(Emit(Trouble("content", what)))
+        return out
 
     def _strike(self, peer: PeerId, reason: Reason, detail: str) -> list[Output]:
         """Count a refusal; the third on one link ends it."""
@@ -370,7 +379,7 @@ class Content(Machine):
             message.prefix,
             offset=self._rng.randrange(2**32),
             per_author=settings.entries_per_author,
-            max_entries=settings.entries_per_answer,
+            max_entries=min(settings.entries_per_answer, message.limit),
         )
         if not wants:
             return [Send(peer, Entries(message.token, message.feed, (), True))]
@@ -448,14 +457,15 @@ class Content(Machine):
             or self._getting.get(self._name(getting)) is not getting
         ):
             return []
-        holders = [peer for peer in getting.holders if self._view.is_live(peer)][:MAX_SOURCES]
-        if not holders:
+        live = [peer for peer in getting.holders if self._view.is_live(peer)]
+        getting.sources = tuple(live[:MAX_SOURCES])
+        if not live:
             asked = getting.num_asked
             who = f"none of {asked} peers that could be asked holds it" if asked else "no peer can be reached"
             return self._end(now, getting, ContentMissing(self._name(getting), who))
         getting.fetching = True
         getting.token = self._timers.new_token()
-        return [Fetch(getting.token, holders[0], getting.ref, tuple(holders[1:]))]
+        return [Fetch(getting.token, getting.sources[0], getting.ref, getting.sources[1:])]
 
     @staticmethod
     def _name(getting: _Getting) -> Digest:
@@ -480,7 +490,7 @@ class Content(Machine):
             return []
         digest = self._name(getting)
         self._held.add(digest)
-        return self._end(now, getting, ContentHeld(digest, tuple(getting.holders)))
+        return self._end(now, getting, ContentHeld(digest, getting.sources))
 
     def _on_fetch_failed(self, now: float, event: FetchFailed) -> list[Output]:
         """Try others; what came so far is not fetched again."""
@@ -488,10 +498,12 @@ class Content(Machine):
         if getting is None:
             return []
         out: list[Output] = []
-        first = next(iter(getting.holders))
         if event.reason in HOSTILE:
-            getting.liars.add(first)
-            out += self._strike(first, event.reason, event.detail)
+            getting.liars.add(getting.sources[0])
+            out += self._strike(getting.sources[0], event.reason, event.detail)
+        elif event.reason is Reason.GONE:
+            # They said that they held it: let others have their turn.
+            getting.liars.update(getting.sources)
         if getting.tries >= MAX_TRIES or self._stopping:
             why = f"{event.reason.value}: {event.detail}" if event.detail else event.reason.value
             return [*out, *self._end(now, getting, ContentMissing(self._name(getting), why))]
@@ -551,6 +563,16 @@ class Content(Machine):
         FetchFailed: _on_fetch_failed,
         StopRequested: _on_stop,
     }
+
+
+def _add(keeps: list[KeepEntries], feed: Feed, taken: Taken) -> None:
+    """One effect for many batches; but cuts come after what was kept before them."""
+    batches = () if taken.batch is None else (taken.batch,)
+    if taken.cuts or (batches and not keeps):
+        keeps.append(KeepEntries(feed, batches, taken.cuts))
+    elif batches:
+        last = keeps[-1]
+        keeps[-1] = KeepEntries(feed, last.batches + batches, last.cuts)
 
 
 def _in_messages(peer: PeerId, token: int, feed: Feed, batches: tuple[Batch, ...]) -> list[Output]:

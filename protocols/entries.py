@@ -20,12 +20,12 @@ from protocols.vocabulary import (
     MAX_TAGS,
     MAX_TERM_CHARS,
     MAX_TERMS,
+    ONE_LINE,
     SIGNATURE_BYTES,
     AuthorKey,
     WireDigest,
 )
 
-_ONE_LINE = r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]*$"
 _PRINTABLE = r"^[!-~]*\Z"
 
 
@@ -53,13 +53,13 @@ Seq = Annotated[int, Meta(ge=0, le=MAX_SEQ)]
 """Number of an entry in its feed, from 1."""
 Chain = Annotated[bytes, Meta(min_length=CHAIN_BYTES, max_length=CHAIN_BYTES)]
 """Running hash over a feed up to an entry."""
-Term = Annotated[str, Meta(min_length=1, max_length=MAX_TERM_CHARS, pattern=_ONE_LINE)]
+Term = Annotated[str, Meta(min_length=1, max_length=MAX_TERM_CHARS, pattern=ONE_LINE)]
 """A word of a query: as it is, or `#` and 16 hexadecimal digits where its author hashed it (see `terms.py`)."""
-Title = Annotated[str, Meta(min_length=1, max_length=200, pattern=_ONE_LINE)]
-Creator = Annotated[str, Meta(max_length=100, pattern=_ONE_LINE)]
-Tag = Annotated[str, Meta(min_length=1, max_length=40, pattern=_ONE_LINE)]
-DetailKey = Annotated[str, Meta(min_length=1, max_length=32, pattern=_ONE_LINE)]
-DetailText = Annotated[str, Meta(max_length=240, pattern=_ONE_LINE)]
+Title = Annotated[str, Meta(min_length=1, max_length=200, pattern=ONE_LINE)]
+Creator = Annotated[str, Meta(max_length=100, pattern=ONE_LINE)]
+Tag = Annotated[str, Meta(min_length=1, max_length=40, pattern=ONE_LINE)]
+DetailKey = Annotated[str, Meta(min_length=1, max_length=32, pattern=ONE_LINE)]
+DetailText = Annotated[str, Meta(max_length=240, pattern=ONE_LINE)]
 
 
 class _Entry(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):

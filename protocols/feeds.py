@@ -33,6 +33,10 @@ START = bytes(CHAIN_BYTES)
 DAY_S = 86_400
 CLOCK_SKEW_DAYS = 1
 """By how much an honest clock may be ahead of ours."""
+FEW_CLICKS = 16
+"""At most 33 kB, whatever their words."""
+FULL = 0.95
+"""Of what may be kept: as much is left when room was made, so that it is not made for every batch."""
 BATCH_OVERHEAD_BYTES = 192
 """Of a batch, beside its entries."""
 
@@ -116,6 +120,8 @@ class FeedSet:
         self._limits = limits
         self._states: dict[bytes, _State] = {}
         self.num_entries = 0
+        self._let_go_day = -1
+        """The latest on which one spoke who had to make room."""
 
     def load(self, heads: Iterable[Head]) -> None:
         """What was kept before a restart."""
@@ -195,14 +201,14 @@ class FeedSet:
                 return NOTHING
             return self._adopt(batch, hashes, today)
         before = batch.first - 1
-        if (hashes[state.last - batch.first] if state.last > before else batch.prior) != state.chain:
+        new = batch.entries[state.last - before :]
+        chain = hashes[state.last - batch.first] if state.last > before else batch.prior
+        # Whoever was given the later entries alone cannot know that their days go back: it is the author's doing.
+        if chain != state.chain or (new and new[0].day < state.day):
             self._drop(batch.author, void=True)
             return Taken(None, (Cut(batch.author, batch.epoch, batch.last + 1, void=True),))
-        new = batch.entries[state.last - before :]
         if not new:
             return NOTHING
-        if new[0].day < state.day:
-            raise PeerError(Reason.MALFORMED, "the days of a feed go back")
         added = (
             batch
             if len(new) == len(batch.entries)
@@ -214,6 +220,9 @@ class FeedSet:
         """The running hashes of a batch that its author signed."""
         if not batch.entries or batch.last > MAX_SEQ:
             raise PeerError(Reason.MALFORMED, "a batch without entries, or beyond the last number")
+        if self._may_be_long(batch) and batch_bytes(batch) > MAX_BATCH_BYTES:
+            # It has fitted the frame that it came in, and might not fit one of ours.
+            raise PeerError(Reason.MALFORMED, f"a batch of more than {MAX_BATCH_BYTES} bytes")
         day = 0
         for entry in batch.entries:
             if problem := self._problem(entry, day):
@@ -227,12 +236,16 @@ class FeedSet:
             raise PeerError(Reason.FORGED, f"signature of author {batch.author.hex()[:12]}")
         return hashes
 
+    def _may_be_long(self, batch: Batch) -> bool:
+        """Few clicks cannot be, and to measure each batch would cost more than all other checks."""
+        return self._feed is Feed.CATALOGUE or len(batch.entries) > FEW_CLICKS
+
     def _problem(self, entry: Entry, day: int = 0) -> str | None:
         if self._feed not in FEEDS_OF[type(entry)]:
             return f"a {type(entry).__name__.lower()} entry in the {self._feed.value}"
         if entry.day < day:
             return "the days of a feed go back"
-        # Clicks cannot be that long: a look at each would cost more than all other checks.
+        # No click can be that long.
         if self._feed is Feed.CATALOGUE and entry_bytes(entry) > MAX_ENTRY_BYTES:
             return f"an entry of more than {MAX_ENTRY_BYTES} bytes"
         return None
@@ -249,9 +262,9 @@ class FeedSet:
         """Hold this of an author, and nothing that was before."""
         author = batch.author
         known = author in self._states
-        cuts = () if known else self._make_room(batch)
-        if cuts is None:
+        if not known and not self._has_room(min(batch.entries[-1].day, today)):
             return NOTHING
+        cuts: tuple[Cut, ...] = ()
         if known:
             self._drop(author)
             cuts = (Cut(author, batch.epoch, batch.first),)
@@ -267,22 +280,32 @@ class FeedSet:
             self.num_entries -= first - state.first
             state.first = first
             cuts = (*cuts, Cut(batch.author, batch.epoch, first))
+        if self._is_full():
+            cuts = (*cuts, *self._make_room(batch.author))
         return Taken(batch, cuts)
 
     # --- room -------------------------------------------------------------------------------------------
-    def _make_room(self, batch: Batch) -> tuple[Cut, ...] | None:
-        """For a new author: whoever was silent for longest goes. None where all others spoke as late as this one."""
+    def _is_full(self, share: float = 1.0) -> bool:
         limits = self._limits
-        if len(self._states) < limits.max_authors and self.num_entries < limits.max_entries:
-            return ()
-        others = ((s.day, s.last, a) for a, s in self._states.items() if a != self._signatures.author)
-        day, _, author = min(others, default=(batch.entries[-1].day, 0, b""))
-        if day >= batch.entries[-1].day:
-            return None
-        cut = Cut(author, self._states[author].epoch, MAX_SEQ)
-        self._drop(author)
-        del self._states[author]
-        return (cut,)
+        authors, entries = len(self._states) / limits.max_authors, self.num_entries / limits.max_entries
+        return max(authors, entries) > share
+
+    def _has_room(self, day: int) -> bool:
+        """For a new author who spoke on this day: not for one as silent as those who had to go for others."""
+        return day > self._let_go_day or not self._is_full(FULL)
+
+    def _make_room(self, newcomer: bytes) -> list[Cut]:
+        """Whoever has been silent for longest goes."""
+        kept = (self._signatures.author, newcomer)
+        others = sorted((s.day, s.last, a) for a, s in self._states.items() if a not in kept)
+        cuts = []
+        for day, _, author in others:
+            if not self._is_full(FULL):
+                break
+            self._let_go_day = max(self._let_go_day, day)
+            self._drop(author)
+            cuts.append(Cut(author, self._states.pop(author).epoch, MAX_SEQ))
+        return cuts
 
     def expire(self, unix_s: float) -> list[Cut]:
         """Let go of authors who have said nothing for so long that all of theirs has expired."""
@@ -352,7 +375,7 @@ class FeedSet:
                 if theirs.epoch > state.epoch or theirs.last >= state.last:
                     continue
                 after = max(after, theirs.last)
-            count = min(state.last - after, per_author)
+            count = min(state.last - after, per_author, left)
             if count > 0:
                 wants.append(Want(author, state.epoch, after, count))
                 left -= count

@@ -17,6 +17,7 @@ from protocols.vocabulary import (
     MAX_BATCHES_PER_MESSAGE,
     MAX_CHUNKS,
     MAX_CODES,
+    MAX_ENTRIES_PER_ANSWER,
     MAX_IDS_PER_MESSAGE,
     MAX_INCARNATION,
     MAX_MARKS_PER_MESSAGE,
@@ -285,6 +286,8 @@ class Ask(Message, frozen=True, tag="ask"):
     """Their value, most significant bit first."""
     marks: Annotated[tuple[FeedMark, ...], Meta(max_length=MAX_MARKS_PER_MESSAGE)]
     """All authors among these that the asker knows of, and how far."""
+    limit: Annotated[int, Meta(ge=1, le=MAX_ENTRIES_PER_ANSWER)]
+    """Entries that the asker takes, all authors together."""
 
 
 class Entries(Message, frozen=True, tag="entries"):

@@ -4,12 +4,13 @@ Belongs here: names of things that travel, their bounds, and nothing that acts.
 """
 
 import hashlib
+import re
 from enum import StrEnum
 from typing import Annotated, NewType
 
 from msgspec import Meta, Struct
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 # --- limits (bytes, counts) -----------------------------------------------------------------------------
 MAX_FRAME_BYTES = 64 * 1024
@@ -49,6 +50,7 @@ MAX_BATCH_BYTES = 48 * 1024
 """Encoded: a batch fits a frame with room for what goes around it."""
 MAX_BATCHES_PER_MESSAGE = 128
 MAX_MARKS_PER_MESSAGE = 1024
+MAX_ENTRIES_PER_ANSWER = 100_000
 MAX_AUTHOR_BITS = 20
 MAX_TERMS = 8
 MAX_TERM_CHARS = 64
@@ -70,10 +72,11 @@ _PRINTABLE = r"^[!-~]+\Z"
 Address = Annotated[str, Meta(min_length=1, max_length=256, pattern=_PRINTABLE)]
 """A multiaddr that ends in `/p2p/<peer id>`."""
 Round = Annotated[int, Meta(ge=0, le=MAX_ROUND)]
-_ONE_LINE = r"^[^\x00-\x1f\x7f-\x9f]*$"
-Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=_ONE_LINE)]
+ONE_LINE = r"^[^\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]*\Z"
+"""Neither control characters nor such as end a line or turn the direction of writing."""
+Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=ONE_LINE)]
 MAX_DETAIL_CHARS = 240
-Detail = Annotated[str, Meta(max_length=MAX_DETAIL_CHARS, pattern=_ONE_LINE)]
+Detail = Annotated[str, Meta(max_length=MAX_DETAIL_CHARS, pattern=ONE_LINE)]
 """A sentence for the operator on the other side: no control characters, so that no peer writes to a terminal."""
 WirePeerId = Annotated[str, Meta(min_length=1, max_length=128, pattern=_PRINTABLE)]
 WireDigest = Annotated[bytes, Meta(min_length=DIGEST_BYTES, max_length=DIGEST_BYTES)]
@@ -223,8 +226,8 @@ class PeerRecord(Struct, frozen=True, array_like=True, forbid_unknown_fields=Tru
 
 
 def one_line(text: str) -> str:
-    """Any text as a `Detail`: control characters become spaces, and it is cut to length."""
-    return "".join(" " if ord(c) < 32 or 127 <= ord(c) < 160 else c for c in text)[:MAX_DETAIL_CHARS]
+    """Any text as a `Detail`: what is not allowed becomes spaces, and it is cut to length."""
+    return "".join(c if re.match(ONE_LINE, c) else " " for c in text[:MAX_DETAIL_CHARS])
 
 
 def peer_of(address: str) -> PeerId | None:
