@@ -1,4 +1,4 @@
-"""The daemon's HTTP API, for its own machine: status, peers, rounds, the log of scalars, metrics, stop.
+"""The daemon's HTTP API, for its own machine: status, peers, rounds, the log of scalars, metrics, stop, and what others add.
 
 Bound to 127.0.0.1. Every call needs the token that lies in the home; a Host or Origin that is not local is
 refused, so that a web page in the user's browser can neither read nor stop the node.
@@ -14,7 +14,7 @@ import secrets
 import socket
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,13 +69,13 @@ class _Guard:
                 f"send 'Authorization: Bearer <token>'; the token is in {TOKEN_FILE} in the node's home",
             )
         if problem:
-            response = _json({"error": problem[1]}, problem[0])
+            response = json_response({"error": problem[1]}, problem[0])
             await response(scope, receive, send)
         else:
             await self._app(scope, receive, send)
 
 
-def _json(data: object, status_code: int = 200) -> Response:
+def json_response(data: object, status_code: int = 200) -> Response:
     """A metric that is not finite becomes null: JSON has no word for it."""
     return Response(msgspec.json.encode(data), status_code, media_type="application/json")
 
@@ -93,34 +93,41 @@ def make_app(
     metrics: Callable[[], bytes],
     stop: Callable[[], None],
     log: Callable[[], dict[str, Any] | None] = lambda: None,
+    content: Callable[[], Awaitable[dict[str, int]]] | None = None,
+    more: Sequence[Route] = (),
 ) -> Starlette:
-    """The application over what the daemon can tell and do. log: None where the node keeps none."""
+    """The application over what the daemon can tell and do. log: None where the node keeps none. content: how much is shared
+    and known, for the status; None where nothing is. more: routes of others, behind the same guard."""
 
     async def get_status(request: Request) -> Response:
-        return _json(status())
+        data = status()
+        if content is not None:
+            with contextlib.suppress(LocalError):  # a damaged library is told by whoever asks for it
+                data = {**data, "content": await content()}
+        return json_response(data)
 
     async def get_peers(request: Request) -> Response:
-        return _json(peers())
+        return json_response(peers())
 
     async def get_rounds(request: Request) -> Response:
         try:
             last = int(request.query_params.get("last", "100"))
         except ValueError:
-            return _json({"error": "last: a whole number"}, 400)
-        return _json(rounds(max(1, min(last, 100_000))))
+            return json_response({"error": "last: a whole number"}, 400)
+        return json_response(rounds(max(1, min(last, 100_000))))
 
     async def get_log(request: Request) -> Response:
         data = log()
         if data is None:
-            return _json({"error": "this node does not learn by scalars and keeps no log"}, 404)
-        return _json(data)
+            return json_response({"error": "this node does not learn by scalars and keeps no log"}, 404)
+        return json_response(data)
 
     async def get_metrics(request: Request) -> Response:
         return PlainTextResponse(metrics(), media_type="text/plain; version=0.0.4")
 
     async def post_stop(request: Request) -> Response:
         stop()
-        return _json({"stopping": True})
+        return json_response({"stopping": True})
 
     return Starlette(
         routes=[
@@ -130,6 +137,7 @@ def make_app(
             Route("/log", get_log),
             Route("/metrics", get_metrics),
             Route("/stop", post_stop, methods=["POST"]),
+            *more,
         ],
         middleware=[Middleware(_Guard, token=token)],
     )
@@ -173,28 +181,46 @@ class ApiServer:
 
 
 # --- the other side: commands that ask a running daemon -------------------------------------------------
-def call(home: Path, path: str, method: str = "GET", timeout_s: float = 5.0) -> Any:
-    """Ask the daemon of a home.
+class RefusedError(LocalError):
+    """The daemon answered, and did not do it. problem: its own sentence."""
+
+    def __init__(self, home: Path, status: int, body: bytes) -> None:
+        text = body.decode(errors="replace")
+        super().__init__(f"the daemon of {home} refused: {text[:200]}")
+        self.status = status
+        self.problem = text[:200]
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            self.problem = str(json.loads(text)["error"])
+
+
+def call(
+    home: Path, path: str, method: str = "GET", timeout_s: float = 5.0, body: dict[str, Any] | None = None
+) -> Any:
+    """Ask the daemon of a home. body: what is sent along, as JSON.
 
     Raises:
-        LocalError: no daemon runs there, or it does not answer.
+        LocalError: no daemon runs there, it does not answer, or it refuses (`RefusedError`).
     """
     try:
         port = int(json.loads((home / API_FILE).read_text())["port"])
         token = (home / TOKEN_FILE).read_text().strip()
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise LocalError(f"no daemon runs in {home}; start it with `covey run --home {home}`") from error
+    headers = {"Authorization": f"Bearer {token}"}
+    if body is not None:
+        headers["Content-Type"] = "application/json"
     request = urllib.request.Request(
-        f"http://127.0.0.1:{port}{path}", method=method, headers={"Authorization": f"Bearer {token}"}
+        f"http://127.0.0.1:{port}{path}",
+        method=method,
+        headers=headers,
+        data=None if body is None else json.dumps(body).encode(),
     )
     try:
         with _OPENER.open(request, timeout=timeout_s) as response:
-            body = response.read()
-        return body.decode() if path == "/metrics" else json.loads(body)
+            answer = response.read()
+        return answer.decode() if path == "/metrics" else json.loads(answer)
     except urllib.error.HTTPError as error:
-        raise LocalError(
-            f"the daemon of {home} refused: {error.read().decode(errors='replace')[:200]}"
-        ) from error
+        raise RefusedError(home, error.code, error.read()) from error
     except (OSError, http.client.HTTPException, ValueError) as error:
         # After a crash, `api.json` may name a port that another program has taken since.
         raise LocalError(f"the daemon of {home} does not answer ({error}); is it still running?") from error

@@ -11,7 +11,7 @@ import msgspec
 import typer
 from rich.markup import escape
 
-from node import api, network_cli
+from node import api, content_cli, network_cli
 from node.cli_common import (
     DEFAULT_HOME,
     EXIT_FAILED,
@@ -29,6 +29,7 @@ from node.cli_common import (
     report,
     run_node,
     settings_of,
+    size_text,
 )
 from node.config import CONFIG_FILE, Setting, load_config, shown, shown_as_toml, toml_value
 from node.identity import KEY_FILE, create_key, load_key, peer_id_of
@@ -124,9 +125,10 @@ def status(home: Home = DEFAULT_HOME, as_json: Json = False) -> None:
         *(("merge", f"{name}: {_figure(value)}") for name, value in data["report"].items()),
         ("model", metrics or "not evaluated yet"),
         *([("log", _log_line(data["log"]))] if "log" in data else []),
+        *([("content", _content_line(data["content"]))] if "content" in data else []),
         ("links", str(data["live_peers"])),
         *([("waiting", data["waiting"])] if data["waiting"] else []),
-        ("traffic", f"{_traffic(data)}, {_bytes(data['month_bytes'])} this month"),
+        ("traffic", f"{_traffic(data)}, {size_text(data['month_bytes'])} this month"),
         ("refused", ", ".join(f"{n} {reason}" for reason, n in sorted(data["refused"].items())) or "nothing"),
         ("up", f"{data['uptime_s']:.0f} s, process {data['pid']}"),
     ]
@@ -278,7 +280,7 @@ def export(
             print_json(data)
         else:
             out.print(
-                f"{target}: model after round {ref.round}, {_bytes(ref.size_bytes)}",
+                f"{target}: model after round {ref.round}, {size_text(ref.size_bytes)}",
                 highlight=False,
                 soft_wrap=True,
             )
@@ -389,6 +391,7 @@ def demo(
 
 
 network_cli.register(app)
+content_cli.register(app)
 
 
 def _version(show: bool) -> None:
@@ -415,20 +418,16 @@ def _log_line(log: dict[str, Any]) -> str:
     return f"{log['on_disk']['records']} records, {sealed}, digest {log['log'][:16]}"
 
 
+def _content_line(content: dict[str, int]) -> str:
+    return f"{content['shared']} shared, {content['known']} known, {content['clicks']} clicks heard"
+
+
 def _traffic(data: dict[str, Any]) -> str:
-    return f"{_bytes(data['bytes_sent'])} sent, {_bytes(data['bytes_received'])} received"
+    return f"{size_text(data['bytes_sent'])} sent, {size_text(data['bytes_received'])} received"
 
 
 def _figure(value: str | float) -> str:
     return value if isinstance(value, str) else f"{value:.4g}"
-
-
-def _bytes(number: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if number < 1000:
-            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
-        number /= 1000
-    return f"{number:.2f} GB"
 
 
 def _add_plugins() -> None:

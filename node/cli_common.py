@@ -90,6 +90,15 @@ def plain(text: str) -> str:
     return "".join(char if char.isprintable() or char == "\t" else f"<U+{ord(char):04X}>" for char in text)
 
 
+def size_text(number: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "kB", "MB"):
+        if number < 1000:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1000
+    return f"{number:.2f} GB"
+
+
 def report(error: CoveyError | OSError) -> int:
     """Say what is wrong; the exit code."""
     text = str(error)

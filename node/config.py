@@ -8,7 +8,7 @@ import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import msgspec
 from msgspec import Meta, Struct, field
@@ -21,6 +21,7 @@ from node.manners import DeviceSettings
 from node.settings import Shard, TrainingSettings
 from node.signatures import author_of
 from protocols.admission import Admission, AdmissionPolicy
+from protocols.content import ContentSettings
 from protocols.errors import ConfigError
 from protocols.exchange import ExchangeSettings
 from protocols.gossip import GossipSettings
@@ -81,6 +82,39 @@ class SampledConfig(SampledSettings, frozen=True, forbid_unknown_fields=True, kw
     aggregator's own: what a rule calls so is the first by peer id. `fedavg` is their mean. *"""
 
 
+RankerName = Literal["g-rank", "g-rank-capped", "popularity", "panache", "maay", "bm25"]
+RANKERS: tuple[str, ...] = get_args(RankerName)
+"""The names of `aggregation.ranking.RANKERS`, without its numpy."""
+
+
+class ContentConfig(ContentSettings, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What the node shares and hears of shared content, how it ranks what it finds, and how much it takes in."""
+
+    enabled: bool = True
+    """Take part in sharing: serve what is shared here, and hear what others share. It needs no learning."""
+    share_clicks: Literal["off", "hashed", "plain"] = "off"
+    """Tell others which results you choose, signed with your name, so that who searches alike finds alike. `hashed` hides the
+    words from whoever does not guess them, and there are not that many words. `covey forget` takes all of it back."""
+    ranker: RankerName = "g-rank"
+    """How results are ranked. `g-rank`: by the clicks of those who search and click as you do (arXiv 2301.12530).
+    `g-rank-capped`: the same with one vote a peer, word and item. `bm25`: by the text alone. The others are for comparison."""
+    isolation: Annotated[float, Meta(ge=0, le=1)] = 0.001
+    """Of the two `g-rank`: what a click counts beside the similarity of who made it, which is 1 at most. So little of it
+    decides where nobody like you has clicked; with 0 nothing does, and with 1 nearly all count alike, attackers too."""
+    top_terms: Annotated[int, Meta(ge=1, le=1000)] = 10
+    """Words that a peer searches for most often, by which it is compared with you."""
+    position_weights: bool = False
+    """Count a click for more where its result stood further down: nobody gets there by chance."""
+    downloads: str | None = None
+    """The folder for what you get, from the root or from `~`. Left out, `downloads` in the home."""
+    max_item_bytes: Annotated[int, Meta(ge=1)] = 16 * 1024**3
+    """What is larger is not fetched, be it one file or all files of a folder."""
+    max_total_bytes: Annotated[int, Meta(ge=1)] = 64 * 1024**3
+    """All that was got and is still served from the downloads, with what is on its way."""
+    min_free_bytes: Annotated[int, Meta(ge=0)] = 1024**3
+    """So much of the disk stays free: nothing is fetched beyond it."""
+
+
 class TaskConfig(Struct, frozen=True, forbid_unknown_fields=True):
     """What is learnt: a built-in by name, or `my_task.py:make_task`."""
 
@@ -128,6 +162,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
     task: TaskConfig = field(default_factory=TaskConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     device: DeviceSettings = field(default_factory=DeviceSettings)
+    content: ContentConfig = field(default_factory=ContentConfig)
     api: ApiConfig = field(default_factory=ApiConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
@@ -176,6 +211,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
             members=self.members,
             policy=self.admission_policy,
             admission=admission,
+            content=self.content if self.content.enabled else None,
         )
 
 
@@ -356,6 +392,9 @@ def _check(config: Config) -> None:
     shard = config.task.shard
     if shard is not None and shard.index >= shard.count:
         raise ConfigError("task.shard.index", f"{shard.index} of {shard.count}", [f"0 to {shard.count - 1}"])
+    downloads = config.content.downloads
+    if downloads is not None and not downloads.startswith(("/", "~")):
+        raise ConfigError("content.downloads", f"'{downloads}' is not absolute", ["/…", "~/…"])
     _check_peers("scalars.members", config.scalars.members)
     _check_peers("network.members", config.network.members)
     _check_peers("network.inviters", config.network.inviters)

@@ -15,12 +15,18 @@ import msgspec
 
 from node.api import API_FILE, ApiServer, make_app, make_token
 from node.config import Config
+from node.content import ContentService
+from node.content_api import content_routes
+from node.content_sharing import ModelSource
+from node.content_store import ContentStore, ContentStoreSettings, Holdings
 from node.core import NodeCore
 from node.discovery import Discovery
 from node.driver import Driver, Perform
 from node.identity import KEY_FILE, key_seed, load_key, peer_id_of
 from node.invitation import load_admission
 from node.libp2p_network import Libp2pNetwork
+from node.libp2p_transfer import Blobs
+from node.library import Library, LibrarySettings
 from node.manners import Manners, device_manners, lower_priority, may_move
 from node.ports import MonotonicClock
 from node.scalar_store import ScalarStore
@@ -230,6 +236,7 @@ class Daemon:
         self._home = home
         self._started_at = time.time()  # noqa: TID251 - the shell tells the wall time
         self._driver: Driver | None = None
+        self._contents: ContentService | None = None
         self._lateness_s = 0.0
         self._addresses: tuple[str, ...] = ()
 
@@ -263,6 +270,7 @@ class Daemon:
             if part.scalars is not None:
                 stack.callback(part.scalars.close)
             self._scalars = part.scalars
+            self._contents, holdings = self._make_contents(part, signatures.author, stack)
             beginning = part.begin(self._telemetry.warning)
             core = NodeCore(
                 self._config.core_settings(
@@ -283,11 +291,14 @@ class Daemon:
                 part.perform,
                 part.scalars,
                 manners,
+                self._contents,
             )
+            if self._contents is not None:
+                self._contents.attach(driver)
             network = self._network = Libp2pNetwork(
                 key,
                 self._config.network.listen,
-                part.store,
+                holdings,
                 driver.handle,
                 announce=self._config.network.announce,
                 on_crash=self._on_crash,
@@ -324,11 +335,16 @@ class Daemon:
                 round=_round_of(beginning),
             )
             now_s = time.time()  # noqa: TID251
-            driver.handle(Started(self._addresses, history.peers(), *beginning, unix_s=now_s))
+            heads = self._contents.heads() if self._contents is not None else ()
+            driver.handle(Started(self._addresses, history.peers(), *beginning, unix_s=now_s, heads=heads))
+            if self._contents is not None:
+                await self._contents.start()
             await driver.halted.wait()
         finally:
             for watch in watches:
                 watch.cancel()
+            if self._contents is not None:
+                await self._contents.stop()
             if api is not None:
                 await api.stop()
                 (self._home / API_FILE).unlink(missing_ok=True)
@@ -343,6 +359,55 @@ class Daemon:
     def working(self) -> bool:
         """Whether a training or a merge is still under way, which nobody waits for."""
         return self._driver is not None and self._driver.working
+
+    def _make_contents(self, part: Part, me: bytes, stack: ExitStack) -> tuple[ContentService | None, Blobs]:
+        """What has to do with shared content, unless it is switched off; and all that peers may fetch of this node."""
+        settings = self._config.content
+        if not settings.enabled:
+            return None, part.store
+        network, warning = self._config.network.name, self._telemetry.warning
+        library = Library(
+            self._home,
+            me,
+            network,
+            LibrarySettings(
+                settings.ranker, settings.isolation, settings.top_terms, settings.position_weights
+            ),
+            warning,
+        )
+        stack.callback(library.close)
+        store = ContentStore(
+            self._home,
+            ContentStoreSettings(
+                settings.downloads or "",
+                settings.max_item_bytes,
+                settings.max_total_bytes,
+                settings.min_free_bytes,
+            ),
+            lambda digest, problem: service.on_changed(digest, problem),
+        )
+        stack.callback(store.close)
+        model = None
+        if self._config.learns:
+            model = ModelSource(
+                self._home,
+                part.name,
+                self._config.learning.protocol,
+                part.schema.hex(),
+                network,
+                self._history.rounds,
+            )
+        service = ContentService(
+            settings,
+            network,
+            me,
+            library,
+            store,
+            time.time,  # noqa: TID251
+            self._telemetry,
+            model,
+        )
+        return service, Holdings(part.store, store)
 
     def _make_discovery(self) -> Discovery:
         network = self._config.network
@@ -371,6 +436,8 @@ class Daemon:
             metrics=self._metrics,
             stop=self._stop_soon,
             log=self.log,
+            content=None if self._contents is None else self._contents.counts,
+            more=content_routes(self._contents),
         )
         server = ApiServer(app, self._config.api.port)
         server.start()

@@ -303,7 +303,7 @@ class Driver:
         assert self._contents is not None
         try:
             self._contents.keep(effect)
-        except (OSError, sqlite3.Error) as error:
+        except (OSError, sqlite3.Error, LocalError) as error:
             # What is not kept is never served, so that no number of the own feed is given away twice.
             self._telemetry.warning("entries not kept", reason=str(error))
 
@@ -311,7 +311,7 @@ class Driver:
         assert self._contents is not None
         try:
             recalled = self._contents.recall(effect)
-        except (OSError, sqlite3.Error) as error:
+        except (OSError, sqlite3.Error, LocalError) as error:
             self._telemetry.warning("entries not read", reason=str(error))
             recalled = Recalled(effect.token, ())
         self._on_loop(self.handle, recalled)

@@ -23,7 +23,7 @@ from protocols.events import (
     Rejected,
 )
 from protocols.messages import LinkMessage
-from protocols.vocabulary import HOSTILE, ModelRef, PeerId, Reason
+from protocols.vocabulary import HOSTILE, ContentRef, ModelRef, PeerId, Reason
 
 NetworkEvent = LinkUp | LinkDown | DialFailed | Received | Rejected | Discovered | Fetched | FetchFailed
 
@@ -60,7 +60,9 @@ class Network(Protocol):
 
     def send(self, peer: PeerId, message: LinkMessage) -> None: ...
 
-    def fetch(self, token: int, peer: PeerId, ref: ModelRef, others: Sequence[PeerId] = ()) -> None: ...
+    def fetch(
+        self, token: int, peer: PeerId, ref: ModelRef | ContentRef, others: Sequence[PeerId] = ()
+    ) -> None: ...
 
 
 class Contents(Protocol):

@@ -6,7 +6,7 @@ Getting content is asking who holds it, and pulling it from several of those at 
 """
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, ClassVar
 
 from msgspec import Meta, Struct
@@ -68,6 +68,8 @@ ANSWER_S = 20.0
 """An answer that takes longer is not waited for."""
 FIRST_PULL_S = 2.0
 """After the start: links come first."""
+FOLLOW_S = 0.6
+"""Between two questions in a row: those for both feeds together are fewer than `ASKS_PER_S`."""
 MAX_FOLLOWS = 64
 """Questions to one peer in a row, while each brings much: a newcomer does not wait for the timer."""
 MAX_ANSWER_BYTES = 1024 * 1024
@@ -84,6 +86,8 @@ MAX_SEEKERS = 24
 """Peers that are asked for one item at once."""
 MAX_SOURCES = 4
 MAX_TRIES = 3
+BUSY_S = 1.0
+"""Wait before others are asked where all who hold an item were busy; it doubles with each try."""
 MAX_GETS = 256
 
 
@@ -316,11 +320,20 @@ class Content(Machine):
                 return [Penalise(peer, Reason.UNASKED, "entries that nobody asked for")]
             question = _Question(peer, message.feed, 0, 0, self._settings.entries_per_answer, 0)
         out = self._take(now, peer, question, message.batches)
-        if message.last and self._questions.pop(message.token, None) is not None:
-            brought_much = question.brought > self._settings.entries_per_answer // 2
-            if brought_much and question.follows and self._view.is_live(peer) and not self._stopping:
-                out += self._ask(now, peer, question.feed, question.follows - 1)
+        if (
+            message.last
+            and self._questions.pop(message.token, None) is not None
+            # Many authors, one who says much, or long entries: each bounds an answer in its own way.
+            and question.brought >= MAX_ENTRIES_PER_BATCH
+            and question.follows
+        ):
+            out.append(self._timers.set(FOLLOW_S, self._follow, question))
         return out
+
+    def _follow(self, now: float, question: _Question) -> list[Output]:
+        if self._stopping or not self._view.is_live(question.peer):
+            return []
+        return self._ask(now, question.peer, question.feed, question.follows - 1)
 
     def _take(
         self, now: float, peer: PeerId, question: _Question, batches: tuple[Batch, ...]
@@ -396,10 +409,13 @@ class Content(Machine):
         digest = Digest(event.ref.digest)
         if digest in self._getting:
             return []
+        if digest in self._held:
+            return [Emit(ContentHeld(digest, ()))]
         if len(self._getting) >= MAX_GETS:
             return [Emit(ContentMissing(digest, f"{MAX_GETS} items are being got already"))]
         getting = self._getting[digest] = _Getting(event.ref, event.hints)
-        return self._look_around(now, getting)
+        likely = [peer for peer in event.likely if self._view.is_live(peer)]
+        return self._fetch(getting, likely) if likely else self._look_around(now, getting)
 
     def _look_around(self, now: float, getting: _Getting) -> list[Output]:
         """Ask those who may hold it: its sharers, the neighbours, and some of all others."""
@@ -458,11 +474,12 @@ class Content(Machine):
         ):
             return []
         live = [peer for peer in getting.holders if self._view.is_live(peer)]
-        getting.sources = tuple(live[:MAX_SOURCES])
         if not live:
-            asked = getting.num_asked
-            who = f"none of {asked} peers that could be asked holds it" if asked else "no peer can be reached"
-            return self._end(now, getting, ContentMissing(self._name(getting), who))
+            return self._end(now, getting, ContentMissing(self._name(getting), _nobody(getting)))
+        return self._fetch(getting, live)
+
+    def _fetch(self, getting: _Getting, holders: Sequence[PeerId]) -> list[Output]:
+        getting.sources = tuple(holders[:MAX_SOURCES])
         getting.fetching = True
         getting.token = self._timers.new_token()
         return [Fetch(getting.token, getting.sources[0], getting.ref, getting.sources[1:])]
@@ -508,7 +525,14 @@ class Content(Machine):
             why = f"{event.reason.value}: {event.detail}" if event.detail else event.reason.value
             return [*out, *self._end(now, getting, ContentMissing(self._name(getting), why))]
         self._let_go(now, getting)
-        return [*out, *self._look_around(now, getting)]
+        if event.reason is not Reason.BUSY:
+            return [*out, *self._look_around(now, getting)]
+        getting.fetching, getting.token = False, self._timers.new_token()
+        return [*out, self._timers.set(BUSY_S * 2**getting.tries, self._again, getting)]
+
+    def _again(self, now: float, getting: _Getting) -> list[Output]:
+        is_wanted = self._getting.get(self._name(getting)) is getting and not self._stopping
+        return self._look_around(now, getting) if is_wanted else []
 
     def _on_drop(self, now: float, event: Drop) -> list[Output]:
         """What is on its way comes to its end all the same; nobody waits for it."""
@@ -563,6 +587,13 @@ class Content(Machine):
         FetchFailed: _on_fetch_failed,
         StopRequested: _on_stop,
     }
+
+
+def _nobody(getting: _Getting) -> str:
+    """Why an item cannot be had."""
+    if getting.num_asked:
+        return f"none of {getting.num_asked} peers that could be asked holds it"
+    return "whoever held it does not serve it now" if getting.liars else "no peer can be reached"
 
 
 def _add(keeps: list[KeepEntries], feed: Feed, taken: Taken) -> None:

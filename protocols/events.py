@@ -157,11 +157,13 @@ class Get(_Fact, frozen=True):
     """The operator wants content. Answered by the record `ContentHeld` or `ContentMissing`, once; what is asked for already is
     asked for once.
 
-    hints: peers that may hold it, such as its sharers.
+    hints: peers that may hold it, such as its sharers. likely: peers that hold what it belongs to: those of them that are linked
+    need not be asked first.
     """
 
     ref: ContentRef
     hints: tuple[PeerId, ...] = ()
+    likely: tuple[PeerId, ...] = ()
 
 
 class Drop(_Fact, frozen=True):

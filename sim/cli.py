@@ -8,7 +8,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,6 +22,9 @@ from typer.core import TyperGroup
 from protocols.errors import ConfigError
 
 if TYPE_CHECKING:
+    from sim.grank import Row, Settings
+    from sim.grank_running import Results as GrankResults
+    from sim.grank_running import Tell
     from sim.learning import MakeComputer
     from sim.results import Run
     from sim.running import Outcome
@@ -310,6 +313,126 @@ def swarm(
         typer.echo(f"{len(outcomes)} seeds, {events:,} events checked, {text}")
     if failed:
         raise typer.Exit(EXIT_FAILED)
+
+
+# --- the ranking ----------------------------------------------------------------------------------------
+@sim_app.command("grank")
+def grank(
+    catalogue: Annotated[
+        Path | None,
+        typer.Option(
+            help="A CSV file with the columns album, artist and tags; left out, one is drawn from the seed."
+        ),
+    ] = None,
+    experiment: Annotated[
+        list[str] | None,
+        typer.Option(help="baseline, targeted-sybil, inflation, epic-sybil, push or all; may be repeated."),
+    ] = None,
+    ranker: Annotated[
+        list[str] | None,
+        typer.Option(help="g-rank, g-rank-capped, popularity, panache, maay, bm25 or all; may be repeated."),
+    ] = None,
+    isolation: Annotated[
+        list[float] | None,
+        typer.Option(
+            min=0.0, max=1.0, help="F: what strangers' clicks count; may be repeated. 0 and 1 if left out."
+        ),
+    ] = None,
+    nodes: Annotated[int, typer.Option(min=2, max=1000, help="Honest ones.")] = 100,
+    steps: Annotated[int, typer.Option(min=1, help="Queries of all nodes together.")] = 10_000,
+    seed: Annotated[int, typer.Option(help="Decides everything.")] = 0,
+    out: Annotated[
+        Path | None, typer.Option(help="The results folder; left out, a new one in ./covey-runs.")
+    ] = None,
+    no_out: Annotated[bool, typer.Option("--no-out", help="Leave no results folder.")] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Let nodes search, click and gossip as in G-Rank's experiment; say how well their rankings agree, and under attack."""
+    from aggregation.ranking import RANKERS
+    from sim.grank import EXPERIMENTS, Settings, plan
+    from sim.grank_catalogue import read_catalogue, synthetic
+    from sim.grank_running import run_all
+
+    planned = plan(
+        _all_or(experiment or ["baseline"], EXPERIMENTS),
+        _all_or(ranker or ["g-rank"], RANKERS),
+        isolation or [0.0, 1.0],
+        Settings(nodes=nodes, steps=steps, seed=seed),
+    )
+    found = read_catalogue(catalogue) if catalogue is not None else synthetic(seed)
+    folder = None if no_out else out or _new_folder("grank", seed)
+    began_at = time.perf_counter()
+    with _sigterm_as_interrupt(), _grank_progress(quiet, len(planned)) as tell:
+        results = run_all(planned, found, catalogue.name if catalogue else "drawn", folder, tell)
+    wall_s = time.perf_counter() - began_at
+    if as_json:
+        data = {"summaries": msgspec.to_builtins(results.summaries), "partial": results.partial}
+        typer.echo(
+            json.dumps({**data, "wall_s": round(wall_s, 3), "folder": str(folder) if folder else None})
+        )
+    elif not quiet:
+        _print_grank(results, folder, wall_s)
+    if results.partial:
+        raise typer.Exit(EXIT_INTERRUPTED)
+
+
+def _all_or(names: list[str], known: Iterable[str]) -> list[str]:
+    return list(known) if "all" in names else names
+
+
+@contextmanager
+def _grank_progress(quiet: bool, num_runs: int) -> Iterator["Tell"]:
+    """As `_progress`."""
+    told_at = time.perf_counter()
+
+    def line(number: int, settings: "Settings", row: "Row") -> str:
+        run = f"{number + 1}/{num_runs} {settings.experiment}, {settings.name}"
+        distance = row.honest.distance.mean
+        return f"{run} · step {row.step:,} of {settings.steps:,} · distance {distance:.1f}"
+
+    def tell(number: int, settings: "Settings", row: "Row") -> None:
+        nonlocal told_at
+        if time.perf_counter() - told_at >= TOLD_EVERY_S:
+            told_at = time.perf_counter()
+            _err.print(line(number, settings, row), highlight=False)
+
+    if quiet:
+        yield lambda number, settings, row: None
+    elif _err.is_terminal:
+        with _err.status("starting") as status:
+            yield lambda number, settings, row: status.update(line(number, settings, row))
+    else:
+        yield tell
+
+
+def _print_grank(results: "GrankResults", folder: Path | None, wall_s: float) -> None:
+    from sim.grank_report import run_name
+
+    if results.partial:
+        _out.print("[bold yellow]Interrupted: this is what there was by then.[/bold yellow]")
+    table = Table(box=None, pad_edge=False)
+    for name in ("experiment", "ranker"):
+        table.add_column(name, no_wrap=True)
+    for name in ("start", "half", "worst", "end", "agreed", "attacked"):
+        table.add_column(name, justify="right")
+    for said in results.summaries:
+        distances = (said.distance_start, said.distance_half, said.distance_worst, said.distance_end)
+        table.add_row(
+            said.experiment,
+            run_name(said),
+            *(f"{distance:.1f}" for distance in distances),
+            f"{100 * said.agreement:.0f} %",
+            "" if said.target_first is None else f"{100 * said.target_first:.0f} %",
+        )
+    _out.print(
+        "Places a term from the global ranking: at the start, half-way, the most since then, at the end; nodes that show "
+        "first what is globally first, and what is attacked."
+    )
+    _out.print(table)
+    _out.print(
+        f"{wall_s:,.1f} s" + (f" · {folder / 'report.html'}" if folder is not None else ""), highlight=False
+    )
 
 
 # --- a sweep --------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from protocols.entries import Batch, Entry, Feed, Head
 from protocols.events import KeepEntries, Recall, Recalled
 from protocols.feeds import batch_bytes, chain_after
-from protocols.vocabulary import MAX_ENTRIES_PER_BATCH
+from protocols.vocabulary import MAX_BATCH_BYTES, MAX_ENTRIES_PER_BATCH
 
 
 class _Kept:
@@ -55,9 +55,12 @@ class FeedStore:
         authors = self._kept[effect.feed]
         for cut in effect.cuts:
             kept = authors.get(cut.author)
-            if kept is not None and kept.epoch < cut.epoch:
+            if kept is None:
+                continue
+            # A cut far beyond the end is of an author that made room for others.
+            if kept.epoch < cut.epoch or (cut.first > kept.last + 1 and not cut.void):
                 del authors[cut.author]
-            elif kept is not None:
+            else:
                 kept.cut(cut.first)
                 kept.void = cut.void
         for batch in effect.batches:
@@ -93,13 +96,19 @@ def _batches(author: bytes, kept: _Kept, after: int, limit: int) -> Iterable[Bat
     ends = sorted(seq for seq in kept.signatures if at <= seq <= end)
     while ends:
         fitting = [seq for seq in ends if seq < at + MAX_ENTRIES_PER_BATCH]
-        if not fitting:
+        batches = (_batch(author, kept, at, last) for last in reversed(fitting))
+        batch = next((each for each in batches if batch_bytes(each) <= MAX_BATCH_BYTES), None)
+        if batch is None:
             return
-        last = fitting[-1]
-        low, high = at - kept.first, last - kept.first + 1
-        entries = tuple(kept.entries[low:high])
-        yield Batch(author, kept.epoch, at, kept.chains[low], entries, kept.signatures[last])
-        at, ends = last + 1, ends[len(fitting) :]
+        yield batch
+        at = batch.last + 1
+        ends = [seq for seq in ends if seq >= at]
+
+
+def _batch(author: bytes, kept: _Kept, first: int, last: int) -> Batch:
+    low, high = first - kept.first, last - kept.first + 1
+    entries = tuple(kept.entries[low:high])
+    return Batch(author, kept.epoch, first, kept.chains[low], entries, kept.signatures[last])
 
 
 def _head(author: bytes, kept: _Kept) -> Head:

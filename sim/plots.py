@@ -118,6 +118,11 @@ KIND_COLOURS = {
     "terms": "c10",
     "holding": "c11",
     "pull": "c12",
+    # Of shared content, whatever else a network does.
+    "ask": "c9",
+    "entries": "c17",
+    "seek": "c10",
+    "found": "c12",
 }
 """A kind has its colour whichever others there are."""
 
@@ -194,8 +199,8 @@ def _style(salt: str) -> Iterator[None]:
         yield
 
 
-def _draw(salt: str, width_px: int, height_px: int, draw: Callable[[Any], None]) -> str:
-    """SVG text whose colours are the page's variables."""
+def draw_svg(salt: str, width_px: int, height_px: int, draw: Callable[[Any], None]) -> str:
+    """SVG text whose colours are the page's variables. `draw` is given the axes; the salt is the drawing's own on its page."""
     from matplotlib.figure import Figure
 
     with _style(salt):
@@ -206,15 +211,20 @@ def _draw(salt: str, width_px: int, height_px: int, draw: Callable[[Any], None])
     return _themed(out.getvalue())
 
 
-def _png(width_px: int, height_px: int, draw: Callable[[Any], None]) -> bytes:
+def draw_png(width_px: int, height_px: int, draw: Callable[[Any], None]) -> bytes:
     """The same drawing in light colours, at twice the dots of the page."""
+    return draw_panels(width_px, height_px, lambda figure: draw(figure.add_subplot()))
+
+
+def draw_panels(width_px: int, height_px: int, draw: Callable[[Any], None]) -> bytes:
+    """PNG like `draw_png`, of which `draw` is given the whole figure."""
     from matplotlib.figure import Figure
 
     with _style("png"):
         figure = Figure(
             figsize=(width_px / 72, height_px / 72), layout="constrained", facecolor=LIGHT["card"]
         )
-        draw(figure.add_subplot())
+        draw(figure)
         out = io.BytesIO()
         figure.savefig(out, format="png", dpi=144, metadata={"Software": None})
     return out.getvalue()
@@ -233,7 +243,8 @@ def _themed(svg: str) -> str:
     return re.sub(r"\n\s*", "\n", svg)
 
 
-def _legend(axes: Any, columns: int = 3) -> None:
+def legend(axes: Any, columns: int = 3) -> None:
+    """Above the plot, on the left."""
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=columns, borderaxespad=0.2, borderpad=0.2)
 
 
@@ -424,7 +435,7 @@ def _accuracy_plots(run: Run, canvas: Canvas) -> Iterator[Plot]:
         f"{name.capitalize()} over virtual time",
         caption,
         says,
-        _draw("accuracy", FULL_PX, 330, over_time),
+        draw_svg("accuracy", FULL_PX, 330, over_time),
         wide=True,
     )
     if len(run.samples) < 2:
@@ -443,7 +454,7 @@ def _accuracy_plots(run: Run, canvas: Canvas) -> Iterator[Plot]:
         f"{name.capitalize()} over traffic",
         "What each byte bought: models and messages together.",
         f"{says} for {bytes_text(sent[-1])}",
-        _draw("bytes", HALF_PX, 260, over_bytes),
+        draw_svg("bytes", HALF_PX, 260, over_bytes),
     )
 
 
@@ -470,7 +481,7 @@ def _consensus_plot(run: Run, canvas: Canvas) -> Iterator[Plot]:
         "Consensus distance",
         "Root mean square distance of the evaluated nodes' models to their mean; logarithmic.",
         f"Consensus distance went from {rows[0].distance:.3g} to {rows[-1].distance:.3g}",
-        _draw("consensus", HALF_PX, 260, draw),
+        draw_svg("consensus", HALF_PX, 260, draw),
     )
 
 
@@ -499,14 +510,14 @@ def _alive_plot(run: Run, canvas: Canvas) -> Iterator[Plot]:
             )
         axes.set_ylim(0, 1.06 * max(1, *(max(row.alive, row.done) for row in rows)))
         canvas.frame(axes, "nodes")
-        _legend(axes)
+        legend(axes)
 
     fewest = min(row.alive for row in rows)
     yield Plot(
         "Nodes",
         "A node that has finished goes on serving others.",
         f"Online nodes: at least {fewest}, {rows[-1].alive} at the end; {rows[-1].done} finished",
-        _draw("alive", HALF_PX, 260, draw),
+        draw_svg("alive", HALF_PX, 260, draw),
     )
 
 
@@ -541,7 +552,7 @@ def _progress_plot(run: Run, canvas: Canvas) -> Iterator[Plot]:
         f"Rounds ended by all nodes per virtual second: {mean:,.1f} on average; "
         f"{rows[-1].rounds / nodes:,.1f} rounds a node in all.",
         f"Node-rounds per virtual second, {mean:.1f} on average",
-        _draw("progress", HALF_PX, 260, draw),
+        draw_svg("progress", HALF_PX, 260, draw),
     )
 
 
@@ -571,13 +582,13 @@ def _traffic_plots(run: Run, canvas: Canvas) -> Iterator[Plot]:
     def draw_bytes(axes: Any) -> None:
         _stacked(axes, canvas.x(edges), layers, scale.by)
         canvas.frame(axes, f"{scale.unit} per second")
-        _legend(axes)
+        legend(axes)
 
     yield Plot(
         "Traffic",
         "Sent by all nodes together, per virtual second; totals in the legend.",
         f"Traffic: {bytes_text(last.model_bytes)} of models and {bytes_text(last.control_bytes)} of messages",
-        _draw("traffic", HALF_PX, 280, draw_bytes),
+        draw_svg("traffic", HALF_PX, 280, draw_bytes),
     )
     kinds = [kind for kind in MESSAGE_KINDS if last.messages.get(kind)]
     if not kinds:
@@ -595,13 +606,13 @@ def _traffic_plots(run: Run, canvas: Canvas) -> Iterator[Plot]:
     def draw_kinds(axes: Any) -> None:
         _stacked(axes, canvas.x(edges), by_kind)
         canvas.frame(axes, "messages per second")
-        _legend(axes)
+        legend(axes)
 
     yield Plot(
         "Messages by kind",
         "Sent by all nodes together, per virtual second; totals in the legend.",
         "Messages: " + ", ".join(f"{last.messages[kind]} {kind}" for kind in kinds),
-        _draw("kinds", HALF_PX, 280, draw_kinds),
+        draw_svg("kinds", HALF_PX, 280, draw_kinds),
     )
 
 
@@ -637,14 +648,14 @@ def _round_plots(run: Run, canvas: Canvas) -> Iterator[Plot]:
         "Models merged in a round",
         "Received models in a merge. Line: mean over the rounds ended then; band: the middle 80 %.",
         f"Models merged in a round: {np.mean(merged):.2f} on average",
-        _draw("merged", HALF_PX, 260, draw(merged, "c8", "received models")),
+        draw_svg("merged", HALF_PX, 260, draw(merged, "c8", "received models")),
     )
     if max(stale) > 0:
         yield Plot(
             "Staleness",
             "How many rounds the oldest merged model was behind. Line: mean; band: the middle 80 %.",
             f"Staleness: {np.mean(stale):.2f} rounds on average, {max(stale)} at most",
-            _draw("staleness", HALF_PX, 260, draw(stale, "c7", "rounds behind")),
+            draw_svg("staleness", HALF_PX, 260, draw(stale, "c7", "rounds behind")),
         )
 
 
@@ -693,7 +704,7 @@ def draw_overlay(overlay: Overlay, seed: int) -> Iterator[Plot]:
         "Who is linked with whom",
         f"{says[0].upper()}{says[1:]}.{note}",
         says,
-        _draw("overlay", HALF_PX, 420, draw_graph),
+        draw_svg("overlay", HALF_PX, 420, draw_graph),
     )
     if degrees:
         mean = sum(degree * count for degree, count in degrees.items()) / len(alive)
@@ -701,7 +712,7 @@ def draw_overlay(overlay: Overlay, seed: int) -> Iterator[Plot]:
             "Links of a node",
             f"{mean:.1f} on average, from {min(degrees)} to {max(degrees)}.",
             f"Links of a node: {mean:.1f} on average, from {min(degrees)} to {max(degrees)}",
-            _draw("degrees", HALF_PX, 420, draw_degrees),
+            draw_svg("degrees", HALF_PX, 420, draw_degrees),
         )
 
 
@@ -756,7 +767,7 @@ def _draw_graph(axes: Any, graph: Any, by_index: Mapping[int, OverlayNode], seed
     axes.set_aspect("equal")
     axes.margins(0.03)
     axes.axis("off")
-    _legend(axes)
+    legend(axes)
 
 
 def _group_name(device: str, alive: bool) -> str:
@@ -830,10 +841,10 @@ def draw_sweep(points: Sequence[GridPoint]) -> tuple[Plot, bytes]:
         f"Line: mean over the seeds. Band: from the worst to the best of {seeds}. Each seed's value is the mean over "
         "its nodes.",
         "; ".join(f"{point.name}: {np.mean([curve[-1] for curve in point.curves]):.3f}" for point in points),
-        _draw("sweep", FULL_PX, height, draw),
+        draw_svg("sweep", FULL_PX, height, draw),
         wide=True,
     )
-    return plot, _png(FULL_PX, height, draw)
+    return plot, draw_png(FULL_PX, height, draw)
 
 
 def _draw_curves(axes: Any, points: Sequence[GridPoint]) -> None:
@@ -855,4 +866,4 @@ def _draw_curves(axes: Any, points: Sequence[GridPoint]) -> None:
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("round")
     axes.set_ylabel("accuracy")
-    _legend(axes)
+    legend(axes)

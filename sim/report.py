@@ -41,7 +41,7 @@ def write_report(run: Run, path: Path) -> None:
     need_matplotlib()
     title = run.scenario_toml.get("name") or run.folder.name or "run"
     body = [_header(run, title), _banner(run), _tiles(run), *_plots(run), _notes(run), _settings(run)]
-    _write_page(path, title, body)
+    write_page(path, title, body)
 
 
 def _plots(run: Run) -> list[str]:
@@ -52,9 +52,9 @@ def _plots(run: Run) -> list[str]:
         sections.append(
             '<p class="missing">The run was too short for plots of its nodes and traffic over time.</p>'
         )
-    sections.append(f'<section class="plots">{"".join(map(_figure, draw_run(run)))}</section>')
+    sections.append(f'<section class="plots">{"".join(map(html_figure, draw_run(run)))}</section>')
     if run.overlay is not None and len(run.overlay.nodes) > 1:
-        drawn = "".join(map(_figure, draw_overlay(run.overlay, run.scenario_toml.get("seed", 0))))
+        drawn = "".join(map(html_figure, draw_overlay(run.overlay, run.scenario_toml.get("seed", 0))))
         sections.append(f'<h2>Overlay at the end</h2><section class="plots">{drawn}</section>')
     return sections
 
@@ -96,10 +96,11 @@ def _banner(run: Run) -> str:
 
 
 def _tiles(run: Run) -> str:
-    return '<section class="tiles">' + "".join(_tile(*tile) for tile in _headline(run)) + "</section>"
+    return '<section class="tiles">' + "".join(html_tile(*tile) for tile in _headline(run)) + "</section>"
 
 
-def _tile(label: str, value: str, under: str = "") -> str:
+def html_tile(label: str, value: str, under: str = "") -> str:
+    """A large number with a word above and a line below."""
     small = f"<small>{escape(under)}</small>" if under else ""
     return f"<div><span>{escape(label)}</span><b>{escape(value)}</b>{small}</div>"
 
@@ -182,7 +183,8 @@ def _result_of_samples(run: Run) -> dict[str, Any]:
     }
 
 
-def _figure(plot: Plot) -> str:
+def html_figure(plot: Plot) -> str:
+    """A drawing with its title and its caption."""
     svg = plot.svg.replace("<svg", f'<svg role="img" aria-label="{escape(plot.alt)}"', 1)
     return (
         f'<figure class="{"wide" if plot.wide else "half"}"><h3>{escape(plot.title)}</h3>{svg}'
@@ -190,7 +192,8 @@ def _figure(plot: Plot) -> str:
     )
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+def html_table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Any values as text; wide tables scroll."""
     titles = "".join(f"<th>{escape(name)}</th>" for name in head)
     lines = "".join(
         "<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows
@@ -210,13 +213,13 @@ def _notes(run: Run) -> str:
     rest = len(run.notes) - len(listed)
     more = f"<p>and {rest:,} more in notes.jsonl</p>" if rest else ""
     count = f"{told[True]} of the timeline, {told[False]:,} of nodes"
-    return f"<h2>Notes</h2><p>{count}</p>{_table(('at', 'node', 'what'), rows)}{more}"
+    return f"<h2>Notes</h2><p>{count}</p>{html_table(('at', 'node', 'what'), rows)}{more}"
 
 
 def _settings(run: Run) -> str:
     changed = changed_settings(run.scenario_toml)
     table = (
-        _table(
+        html_table(
             ("setting", "value", "default"),
             [(path, _json(value), _json(old)) for path, value, old in changed],
         )
@@ -224,7 +227,7 @@ def _settings(run: Run) -> str:
         else "<p>All settings have their defaults.</p>"
     )
     engine = run.result.get("engine")
-    computing = f"<h2>Computing</h2>{_table(('what', 'value'), _flat_rows(engine))}" if engine else ""
+    computing = f"<h2>Computing</h2>{html_table(('what', 'value'), _flat_rows(engine))}" if engine else ""
     return (
         f"<h2>Settings that differ from the defaults</h2>{table}{computing}"
         f"<details><summary>The whole scenario</summary><pre>{escape(run.scenario_text)}</pre></details>"
@@ -270,8 +273,8 @@ def write_sweep_report(table: Table, path: Path) -> None:
         body.append(f'<p class="banner"><strong>{cells} failed</strong> and left no numbers.</p>')
     if learned:
         plot, png = draw_sweep(learned)
-        body.append(f'<section class="plots">{_figure(plot)}</section>')
-        _write(path.with_suffix(".png"), png)
+        body.append(f'<section class="plots">{html_figure(plot)}</section>')
+        write_file(path.with_suffix(".png"), png)
     else:
         body.append('<p class="missing">No cell has an accuracy to draw.</p>')
     head = [*table.axes, "seeds", *measured(points)]
@@ -283,10 +286,10 @@ def write_sweep_report(table: Table, path: Path) -> None:
         ]
         for point in points
     ]
-    body.append(f"<h2>Means over the seeds, ± their standard deviation</h2>{_table(head, rows)}")
+    body.append(f"<h2>Means over the seeds, ± their standard deviation</h2>{html_table(head, rows)}")
     if table.failed:
-        body.append(f"<h2>Failed</h2>{_table(('cell', 'why'), table.failed)}")
-    _write_page(path, f"Sweep of {table.scenario}", body)
+        body.append(f"<h2>Failed</h2>{html_table(('cell', 'why'), table.failed)}")
+    write_page(path, f"Sweep of {table.scenario}", body)
 
 
 # --- the page -------------------------------------------------------------------------------------------
@@ -330,16 +333,18 @@ pre { background: var(--card); border: 1px solid var(--grid); border-radius: 8px
 )
 
 
-def _write_page(path: Path, title: str, body: Sequence[str]) -> None:
+def write_page(path: Path, title: str, body: Sequence[str]) -> None:
+    """A whole page in the house's look. Raises ConfigError where it cannot be written."""
     page = (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(str(title))}</title><style>{CSS}</style></head><body>{''.join(body)}</body></html>\n"
     )
-    _write(path, page.encode())
+    write_file(path, page.encode())
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_file(path: Path, content: bytes) -> None:
+    """Raises ConfigError where it cannot be written."""
     try:
         path.write_bytes(content)
     except OSError as error:

@@ -4,15 +4,13 @@ Everything is drawn from the scenario's seed, one generator per concern, so a se
 part of the result. Nothing here imports torch: what is learned is behind `sim/graph.py`.
 """
 
-import gc
 import hashlib
 import math
 import random
 import statistics
 import sys
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, assert_never, cast, get_args
@@ -72,6 +70,7 @@ from sim import timeline
 from sim.churn import Change, ChurnEvent, draw_schedule
 from sim.clock import VirtualClock
 from sim.dealing import deal
+from sim.garbage import fewer_collections
 from sim.graph import Codes, Metrics, Received, Value
 from sim.learning import MakeComputer, compute_here, peer_name, plan_learning
 from sim.links import SimNetwork, SimPort, sim_address
@@ -287,7 +286,7 @@ class World:
     def run(self, progress: Callable[["World"], None] = lambda world: None) -> Result:
         """Until every node is done or gone for good, virtual time is up, or `stop` is called."""
         self._tells_records = type(self.observer).record is not Observer.record
-        with _fewer_collections():
+        with fewer_collections():
             while self.clock.run(self.scenario.at_most_s, ACTIONS_PER_TELLING):
                 progress(self)
         if self._checkers is not None and not self._stopped:
@@ -982,21 +981,6 @@ class World:
     def _measured_last(self, node: SimNode, found: Metrics) -> None:
         if found:
             node.last_accuracy = next(iter(found.values()))
-
-
-@contextmanager
-def _fewer_collections() -> Iterator[None]:
-    """A run makes millions of short-lived objects and hardly a cycle: Python's collector would walk thousands of cores
-    again and again for nothing."""
-    before = gc.get_threshold()
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(100_000, 50, 100)
-    try:
-        yield
-    finally:
-        gc.set_threshold(*before)
-        gc.unfreeze()
 
 
 CHANGES = {

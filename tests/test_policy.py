@@ -103,7 +103,7 @@ def test_what_is_public_says_what_it_does(trees: dict[Path, ast.Module]) -> None
 
 
 def test_the_effects_fit_on_one_page() -> None:
-    assert len(get_args(Effect)) < 18, "an effect needs its line in the driver and in the world both"
+    assert len(get_args(Effect)) < 20, "an effect needs its line in the driver and in the world both"
 
 
 def test_no_test_sleeps(trees: dict[Path, ast.Module]) -> None:

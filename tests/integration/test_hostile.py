@@ -163,9 +163,9 @@ def frame(*items: object) -> bytes:
 FRAMES: dict[str, tuple[bytes | Make, Reason]] = {
     "oversized frame": (struct.pack(">I", MAX_FRAME_BYTES + 1) + b"x" * 100, Reason.OVERSIZED),
     "length of four gigabytes": (b"\xff\xff\xff\xff", Reason.OVERSIZED),
-    "random bytes": (b"\x00\x00\x00\x40\x02" + bytes(range(63)), Reason.MALFORMED),
+    "random bytes": (b"\x00\x00\x00\x40" + bytes([PROTOCOL_VERSION]) + bytes(range(63)), Reason.MALFORMED),
     "empty frame": (b"\x00\x00\x00\x00", Reason.MALFORMED),
-    "deep nesting": (struct.pack(">I", 60_001) + b"\x02" + b"\x91" * 60_000, Reason.MALFORMED),
+    "deep nesting": (struct.pack(">I", 60_001) + bytes([PROTOCOL_VERSION]) + b"\x91" * 60_000, Reason.MALFORMED),
     "another wire version": (struct.pack(">I", 5) + b"\x63\x91\xa3bye", Reason.VERSION),
     "a message before the greeting": (encode(Heartbeat(1, True)), Reason.GREETING),
     "two greetings": (lambda key: encode(hello(key)) * 2, Reason.GREETING),
@@ -258,7 +258,7 @@ async def test_rubbish_on_a_fetch_stream_is_refused(victim: LocalNode) -> None:
     before = refused(victim)
 
     async def script(stream: Any) -> None:
-        await stream.write(b"\x00\x00\x00\x20\x02" + os.urandom(31))
+        await stream.write(b"\x00\x00\x00\x20" + bytes([PROTOCOL_VERSION]) + os.urandom(31))
         await read_to_end(stream)
 
     await asyncio.to_thread(raw_attack, victim.address(), FETCH, script)

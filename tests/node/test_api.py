@@ -13,8 +13,20 @@ from threading import Thread
 from typing import Any
 
 import pytest
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
-from node.api import API_FILE, TOKEN_FILE, ApiServer, call, make_app, make_token
+from node.api import (
+    API_FILE,
+    TOKEN_FILE,
+    ApiServer,
+    RefusedError,
+    call,
+    json_response,
+    make_app,
+    make_token,
+)
 from protocols.errors import LocalError
 
 TOKEN = "the token"
@@ -237,6 +249,44 @@ async def test_a_program_that_speaks_no_http_is_no_answer(tmp_path: Path) -> Non
         (tmp_path / TOKEN_FILE).write_text(TOKEN)
         with pytest.raises(LocalError, match="does not answer"):
             await asyncio.to_thread(call, tmp_path, "/status")
+
+
+async def test_a_refusal_keeps_its_status_and_its_sentence(api: Server) -> None:
+    with pytest.raises(RefusedError) as caught:
+        await api.call("/rounds?last=many")
+    assert (caught.value.status, caught.value.problem) == (400, "last: a whole number")
+
+
+async def test_a_body_travels_as_json_to_the_routes_of_others(tmp_path: Path) -> None:
+    async def echo(request: Request) -> Response:
+        return json_response({"type": request.headers["content-type"], "body": await request.json()})
+
+    async def counts() -> dict[str, int]:
+        return {"shared": 2}
+
+    app = make_app(
+        TOKEN,
+        lambda: {"round": 3},
+        list,
+        lambda last: [],
+        lambda: b"",
+        lambda: None,
+        content=counts,
+        more=[Route("/echo", echo, methods=["POST"])],
+    )
+    server = ApiServer(app, 0)
+    (tmp_path / API_FILE).write_text(json.dumps({"port": server.port}))
+    (tmp_path / TOKEN_FILE).write_text("wrong")
+    server._socket.listen()
+    server.start()
+    with pytest.raises(RefusedError) as caught:
+        await asyncio.to_thread(call, tmp_path, "/echo", "POST", body={})
+    assert caught.value.status == 401, "they are behind the same guard"
+    (tmp_path / TOKEN_FILE).write_text(TOKEN)
+    answer = await asyncio.to_thread(call, tmp_path, "/echo", "POST", body={"title": "é\n"})
+    assert answer == {"type": "application/json", "body": {"title": "é\n"}}
+    assert await asyncio.to_thread(call, tmp_path, "/status") == {"round": 3, "content": {"shared": 2}}
+    await server.stop()
 
 
 # --- its life -------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ def refused(text: str, **environ: str) -> ConfigError:
             "netwrok = 1",
             "netwrok",
             "no such setting",
-            "api, device, exchange, learning, log, network, sampled, scalars, task, training",
+            "api, content, device, exchange, learning, log, network, sampled, scalars, task, training",
         ),
         (
             "[log]\ncolour = true",
@@ -83,6 +83,16 @@ def refused(text: str, **environ: str) -> ConfigError:
         ("[device]\nskip = 1.0", "device.skip", "expected `float` <= 0.99", ""),
         ("[device]\nhours = '22-7'", "device", "hours '22-7' are not written as 22:00-07:00", ""),
         ("[device]\nupload_bytes_per_s = 10", "device", "upload_bytes_per_s 10 is below", ""),
+        ("[content]\nshare_clicks = 'yes'", "content.share_clicks", "'yes' is not", "off, hashed, plain"),
+        (
+            "[content]\nranker = 'best'",
+            "content.ranker",
+            "'best' is not",
+            "g-rank, g-rank-capped, popularity",
+        ),
+        ("[content]\nisolation = 2", "content.isolation", "expected `float` <= 1.0", ""),
+        ("[content]\npull_s = 0", "content.pull_s", "expected `float` > 0.0", ""),
+        ("[content]\ndownloads = 'there'", "content.downloads", "'there' is not absolute", "/…, ~/…"),
         ("[api]\nport = 70000", "api.port", "expected `int` <= 65535", ""),
         ("[log]\nlevel = 'loud'", "log.level", "'loud' is not one", "debug, info, warning, error"),
         (
@@ -428,3 +438,15 @@ def test_the_first_config_has_what_the_command_line_set(protocol: str) -> None:
     assert config.task.options == {'an odd "name"': [1, {"a": "b"}]}
     assert config.task.shard is not None
     assert (config.task.shard.count, config.scalars.samples, config.api.enabled) == (2, 4, False)
+
+
+def test_content_is_shared_unless_it_is_switched_off_and_clicks_are_not_unless_asked_for() -> None:
+    for text, shares in (
+        ("", True),
+        ("[content]\nenabled = false", False),
+        ("[learning]\nprotocol = 'none'", True),
+    ):
+        config = parse_config(text, {})
+        settings = config.core_settings("t", SchemaHash(bytes(32)), 1)
+        assert (settings.content is not None) == shares
+        assert config.content.share_clicks == "off"

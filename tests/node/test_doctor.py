@@ -260,7 +260,11 @@ async def test_a_helper_as_bootstrap_peer_is_well(tmp_path: Path, bootstrap: Boo
             "same layer sizes",
         ),
         (lambda: hello(learning="scalars"), "protocol: learning protocol 'scalars'", "learning.protocol"),
-        (lambda: hello(version=99), "version: protocol version 99 met version 2", "same covey version"),
+        (
+            lambda: hello(version=99),
+            f"version: protocol version 99 met version {PROTOCOL_VERSION}",
+            "same covey version",
+        ),
         (
             lambda: Refuse(Reason.FULL, "24 links"),
             "it refuses us, full: 24 links",

@@ -4,6 +4,7 @@ from typing import get_args
 
 import pytest
 
+from protocols.content import Content
 from protocols.events import Event, Notice, Received, StopRequested, Trained
 from protocols.exchange import Exchange
 from protocols.gossip import Gossip
@@ -42,7 +43,7 @@ def test_a_machine_deals_with_what_is_in_its_table_and_takes_no_notice_of_the_re
     assert machine.seen == [(3.0, Received(PEER, Bye())), (3.0, StopRequested())]
 
 
-@pytest.mark.parametrize("machine", [View, Exchange, Gossip, Sampling, ScalarLearning])
+@pytest.mark.parametrize("machine", [View, Exchange, Gossip, Sampling, ScalarLearning, Content])
 def test_the_tables_name_only_what_can_happen(machine: type[Machine]) -> None:
     """A message in its envelope is looked up by its own type, so the envelope itself never is."""
     possible = {*get_args(Event), *Notice.__subclasses__(), *get_args(LinkMessage)} - {Received}
@@ -51,7 +52,9 @@ def test_the_tables_name_only_what_can_happen(machine: type[Machine]) -> None:
 
 def test_everything_that_can_happen_is_somebodys() -> None:
     dealt_with = {
-        kind for machine in (View, Exchange, Gossip, Sampling, ScalarLearning) for kind in machine.HANDLERS
+        kind
+        for machine in (View, Exchange, Gossip, Sampling, ScalarLearning, Content)
+        for kind in machine.HANDLERS
     }
     assert {*get_args(Event), *get_args(LinkMessage), *Notice.__subclasses__()} - dealt_with == {Received}
     assert Trained in Gossip.HANDLERS

@@ -3,6 +3,7 @@
 import hashlib
 import re
 from pathlib import Path
+from typing import get_args
 
 import msgspec
 import pytest
@@ -11,10 +12,13 @@ import protocols
 from protocols import vocabulary
 from protocols.blob import hash_blob
 from protocols.codec import encode
+from protocols.entries import FEEDS_OF, Batch, Begun, Click, Entry, Feed, FeedMark, Shared, Withdrawn
+from protocols.feeds import START, FeedLimits, FeedSet, chains, head_bytes
 from protocols.messages import Bye, FetchMessage, LinkMessage
 from protocols.signing import record_bytes, sign_record
+from protocols.terms import hashed, item_of_uri, tokens
 from protocols.view import mismatch
-from protocols.vocabulary import HOSTILE, ModelRef, PeerRecord, Reason
+from protocols.vocabulary import CHAIN_BYTES, HOSTILE, ModelRef, PeerRecord, Reason
 from tests.protocols.identities import hello_of
 
 README = (Path(protocols.__file__).parent / "README.md").read_text(encoding="utf-8")
@@ -60,16 +64,33 @@ def test_every_message_has_its_checks_written_out() -> None:
         assert f"**`{struct.__struct_config__.tag}`**" in README
 
 
-@pytest.mark.parametrize("struct", [ModelRef, PeerRecord])
-def test_inner_arrays_are_listed_with_their_fields_in_order(struct: type[msgspec.Struct]) -> None:
-    arrays = {"ref": ModelRef, "record": PeerRecord}
-    name = next(name for name, type_ in arrays.items() if type_ is struct)
+INNER: dict[str, type[msgspec.Struct]] = {
+    "ref": ModelRef,
+    "record": PeerRecord,
+    "batch": Batch,
+    "mark": FeedMark,
+    "shared": Shared,
+    "withdrawn": Withdrawn,
+    "click": Click,
+    "begun": Begun,
+}
+
+
+@pytest.mark.parametrize("name", INNER)
+def test_inner_arrays_are_listed_with_their_fields_in_order(name: str) -> None:
+    struct = INNER[name]
     (text,) = [bounds for type_, _, bounds in rows("## Types")[1:] if type_ == name]
-    expected = {
-        "ref": "[" + ", ".join(ModelRef.__struct_fields__) + "]",
-        "record": "[" + ", ".join(PeerRecord.__struct_fields__) + "]",
-    }
-    assert text.startswith(expected[name])
+    tag = struct.__struct_config__.tag
+    fields = [f'"{tag}"'] * (tag is not None) + list(struct.__struct_fields__)
+    assert text.startswith("[" + ", ".join(fields) + "]")
+
+
+def test_every_entry_is_listed_with_its_feeds() -> None:
+    assert set(get_args(Entry)) == set(FEEDS_OF) <= set(INNER.values())
+    (text,) = [bounds for type_, _, bounds in rows("## Types")[1:] if type_ == "entry"]
+    for feed in Feed:
+        tags = [str(kind.__struct_config__.tag) for kind, feeds in FEEDS_OF.items() if feed in feeds]
+        assert f"in {feed.value} one of {' '.join(tags)}" in text
 
 
 def test_mismatches_are_told_in_the_listed_order() -> None:
@@ -99,6 +120,51 @@ def test_the_record_vector_is_right() -> None:
     mine = signatures.Ed25519Signatures(ed25519.Ed25519PrivateKey.from_private_bytes(bytes(range(32))))
     assert mine.author_of(record.peer) == mine.author
     assert sign_record("net", record, mine).signature.hex() == signature
+
+
+def vector(name: str) -> bytes:
+    """A line of the vector of feeds, in hexadecimal, which may go on over several."""
+    (text,) = re.findall(rf"^{name}: ([0-9a-f]+(?:\n +[0-9a-f]+)*)$", README, re.MULTILINE)
+    return bytes.fromhex("".join(text.split()))
+
+
+def test_the_vector_of_feeds_is_right() -> None:
+    entries = [msgspec.msgpack.decode(vector(f"entry {number}"), type=Entry) for number in (1, 2)]
+    assert entries[1].item == item_of_uri(entries[1].uri)
+    running = bytes(CHAIN_BYTES)
+    for number in (1, 2):  # as the page says it, without our code
+        running = hashlib.sha256(running + vector(f"entry {number}")).digest()[:CHAIN_BYTES]
+        assert running == vector(f"hash {number}")
+    assert chains(START, entries)[-1] == running
+    ed25519 = pytest.importorskip("cryptography.hazmat.primitives.asymmetric.ed25519")
+    signatures = pytest.importorskip("node.signatures")
+    mine = signatures.Ed25519Signatures(ed25519.Ed25519PrivateKey.from_private_bytes(bytes(range(32))))
+    assert head_bytes("net", Feed.CATALOGUE, mine.author, 1_700_000_000, 2, running) == vector("head")
+    assert mine.sign(vector("head")) == vector("proof")
+    batch = Batch(mine.author, 1_700_000_000, 1, START, tuple(entries), vector("proof"))
+    feeds = FeedSet("net", Feed.CATALOGUE, mine, FeedLimits(10, 100, 10, 180))
+    assert feeds.take(batch, 20_001 * 86_400.0).batch == batch
+
+
+def test_the_vector_of_a_folder_is_right() -> None:
+    folders = pytest.importorskip("node.folders")
+    folder = folders.Folder.from_bytes(vector("folder"))
+    assert [file.parts for file in folder.files] == [("a.txt",), ("b", "c.txt")]
+    assert {(file.size_bytes, bytes(file.digest)) for file in folder.files} == {(5, hash_blob(b"covey")[0])}
+    section = README.split("**A folder's blob**")[1]
+    assert f"1 to {folders.MAX_FILES:,} arrays" in section
+    assert f"1 to {folders.MAX_DEPTH} names" in section
+    assert f"{folders.MAX_LIST_BYTES // 1024**2} MiB" in section
+    assert f"longer than {folders.MAX_NAME_BYTES} bytes" in section
+    assert folders.MAX_FOLDER_BYTES == 2**40
+
+
+def test_the_vectors_of_words_are_right() -> None:
+    ((text, words),) = re.findall(r"^words: (.+) -> (.+)$", README, re.MULTILINE)
+    assert tokens(text) == words.split()
+    ((network, word, short),) = re.findall(r"^hashed in (\w+): (\w+) -> (#\w+)$", README, re.MULTILINE)
+    whole = hashlib.sha256(b"covey term 1\0" + network.encode() + b"\0" + word.encode()).hexdigest()
+    assert hashed(word, network) == "#" + whole[:16] == short
 
 
 def test_the_blob_vector_is_right() -> None:

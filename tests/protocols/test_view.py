@@ -183,7 +183,7 @@ def test_a_matching_hello_makes_a_neighbour() -> None:
 
 
 MISMATCHES = [
-    (hello(version=1), Reason.VERSION, "protocol version 1 met version 2"),
+    (hello(version=1), Reason.VERSION, f"protocol version 1 met version {PROTOCOL_VERSION}"),
     (hello(network="other"), Reason.NETWORK, "network 'other' met network 'net'"),
     (hello(learning="sampled"), Reason.PROTOCOL, "learning protocol 'sampled' met 'gossip'"),
     (hello(task="mnist"), Reason.TASK, "task 'mnist' met task 'digits'"),
