@@ -527,7 +527,8 @@ class Content(Machine):
         self._let_go(now, getting)
         if event.reason is not Reason.BUSY:
             return [*out, *self._look_around(now, getting)]
-        getting.fetching, getting.token = False, self._timers.new_token()
+        # Who has not answered yet is not waited for any more.
+        getting.fetching, getting.token, getting.asked = False, self._timers.new_token(), {}
         return [*out, self._timers.set(BUSY_S * 2**getting.tries, self._again, getting)]
 
     def _again(self, now: float, getting: _Getting) -> list[Output]:
