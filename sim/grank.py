@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from aggregation.ranking import RANKERS, ClickLog, Query, rank, scores
 from protocols.entries import Click
 from protocols.errors import ConfigError
+from protocols.vocabulary import PeerId
 from sim.garbage import fewer_collections
 from sim.grank_catalogue import Catalogue, synthetic
 from sim.grank_network import DAY, Network, User
@@ -245,6 +246,8 @@ class Trial:
         self.honest = self._arrive(settings.nodes, self._counts)
         self.network.introduce(self.honest, self.honest)
         self.attackers: list[User] = []
+        self._measured: dict[PeerId, tuple[int, Floats]] = {}
+        """Entries that a node held when its scores were asked for last, and these."""
 
     def rows(self) -> Iterator[Row]:
         """Take all steps; a row before the first of them, and then one for each `evaluate_every`."""
@@ -351,7 +354,7 @@ class Trial:
     # --- measuring --------------------------------------------------------------------------------------
     def _evaluate(self, step: int) -> Row:
         judge = self._judge
-        found = [judge.table(self.scores(user)) for user in self.honest]
+        found = [self._table(user) for user in self.honest]
         known = np.stack([user.known for user in self.honest])[:, judge.items] & judge.real
         places = judge.places(np.stack(found), known)
         network = self.network
@@ -371,6 +374,14 @@ class Trial:
         )
         network.answer_bytes, network.ask_bytes = [], []
         return row
+
+    def _table(self, user: User) -> Floats:
+        """Its scores, [terms, places]. A third of the nodes have heard nothing since the last evaluation."""
+        num_entries, table = self._measured.get(user.peer, (0, None))
+        if table is None or num_entries != user.num_entries:
+            table = self._judge.table(self.scores(user))
+            self._measured[user.peer] = user.num_entries, table
+        return table
 
     def scores(self, user: User) -> Floats:
         """Of all items for all terms, [terms, items]."""
