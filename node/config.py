@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import msgspec
 from msgspec import Meta, Struct, field
+from msgspec.structs import replace
 
 from node.addresses import MAX_PORT, split_tcp
 from node.core import LEARNING, CoreSettings
@@ -186,6 +187,14 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
         members, inviters = self.network.members, self.network.inviters
         return AdmissionPolicy(frozenset(map(author_of, members)), frozenset(map(author_of, inviters)))
 
+    @property
+    def _content_settings(self) -> ContentSettings | None:
+        """None where content is switched off. An upload limit holds for answers too, and leaves half of it for the rest."""
+        content, limit = self.content, self.device.upload_bytes_per_s
+        if limit:
+            content = replace(content, answer_bytes_per_s=min(content.answer_bytes_per_s, limit // 2))
+        return content if content.enabled else None
+
     def core_settings(
         self,
         task: str,
@@ -211,7 +220,7 @@ class Config(Struct, frozen=True, forbid_unknown_fields=True):
             members=self.members,
             policy=self.admission_policy,
             admission=admission,
-            content=self.content if self.content.enabled else None,
+            content=self._content_settings,
         )
 
 

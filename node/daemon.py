@@ -307,6 +307,7 @@ class Daemon:
                 down_bytes_per_s=device.download_bytes_per_s,
                 psk=self._config.network.psk,
                 may_serve=lambda num_bytes: may_move(device, meter.peek(), num_bytes),
+                has_greeted=core.view.is_live,
             )
             driver.attach(network)
             try:

@@ -38,6 +38,7 @@ from protocols.events import (
     FetchFailed,
     Forget,
     Halt,
+    HeadsRead,
     Keep,
     KeepEntries,
     KeepPeer,
@@ -182,8 +183,10 @@ class Driver:
                 # Here and now: what a node has signed must be on its disk before anybody hears of it. If the disk
                 # refuses, the node halts rather than contradict itself after a restart.
                 self._scalars.keep(records, checkpoint, cut)
-            case Keep() | Forget() | KeepEntries() | Recall():
+            case Keep() | Forget() | KeepEntries():
                 self._disk.submit(self._on_disk, effect)
+            case Recall():
+                self._recall(effect)
             case Fetch():
                 self._fetch(effect)
             case Emit(record):
@@ -202,7 +205,7 @@ class Driver:
             case _:
                 assert_never(effect)
 
-    def _on_disk(self, effect: Keep | Forget | KeepEntries | Recall) -> None:
+    def _on_disk(self, effect: Keep | Forget | KeepEntries) -> None:
         """Runs on the thread of the disk."""
         match effect:
             case Keep(ref):
@@ -211,8 +214,6 @@ class Driver:
                 self._store.forget(ref.digest)
             case KeepEntries():
                 self._keep_entries(effect)
-            case Recall():
-                self._recall(effect)
 
     # --- manners ----------------------------------------------------------------------------------------
     @property
@@ -306,8 +307,18 @@ class Driver:
         except (OSError, sqlite3.Error, LocalError) as error:
             # What is not kept is never served, so that no number of the own feed is given away twice.
             self._telemetry.warning("entries not kept", reason=str(error))
+            with contextlib.suppress(
+                OSError, sqlite3.Error, LocalError
+            ):  # the next one that fails tries again
+                self._on_loop(self.handle, HeadsRead(self._contents.heads()))
 
     def _recall(self, effect: Recall) -> None:
+        if self._manners.may_move(effect.max_bytes):
+            self._disk.submit(self._recall_from_disk, effect)
+        else:
+            self._loop.call_soon(self.handle, Recalled(effect.token, ()))
+
+    def _recall_from_disk(self, effect: Recall) -> None:
         assert self._contents is not None
         try:
             recalled = self._contents.recall(effect)

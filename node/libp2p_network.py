@@ -94,6 +94,7 @@ class Libp2pNetwork:
     on_crash: called on the loop if the thread ends by itself.
     up_bytes_per_s, down_bytes_per_s: see `set_limits`.
     psk: 64 hex digits, the key of a private network: nodes with another key or none cannot link.
+    has_greeted: whether a linked peer has shown what lets it in; whoever has not is served nothing. Called on any thread.
 
     Raises:
         ConfigError: at `network.listen`, `network.psk`, `network.up_bytes_per_s` or `network.down_bytes_per_s`.
@@ -112,8 +113,10 @@ class Libp2pNetwork:
         down_bytes_per_s: int = 0,
         psk: str | None = None,
         may_serve: Callable[[int], bool] = lambda num_bytes: True,
+        has_greeted: Callable[[PeerId], bool] = lambda peer: True,
     ) -> None:
         self._key = key
+        self._has_greeted = has_greeted
         self._psk = None if psk is None else _checked_psk(psk)
         self._listen = [_multiaddr("network.listen", text) for text in listen]
         self._announce = tuple(announce)
@@ -469,7 +472,7 @@ class Libp2pNetwork:
         self._nursery.start_soon(work, *args)
 
     def is_linked(self, peer: PeerId) -> bool:
-        return peer in self._links
+        return peer in self._links and self._has_greeted(peer)
 
     async def open_fetch_stream(self, peer: PeerId) -> INetStream:
         return await self._host.new_stream(ID.from_string(peer), [FETCH])

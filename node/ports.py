@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
+from protocols.entries import Feed, Head
 from protocols.errors import PeerError
 from protocols.events import (
     DialFailed,
@@ -66,12 +67,14 @@ class Network(Protocol):
 
 
 class Contents(Protocol):
-    """What a node keeps of shared content, and of what others say of it. `keep` and `recall` are called on the disk's thread, in
+    """What a node keeps of shared content, and of what others say of it. `keep`, `recall` and `heads` are called on the disk's thread, in
     the order of the effects; `on_record` on the loop."""
 
     def keep(self, effect: KeepEntries) -> None: ...
 
     def recall(self, effect: Recall) -> Recalled: ...
+
+    def heads(self) -> tuple[tuple[Feed, tuple[Head, ...]], ...]: ...
 
     def on_record(self, record: Record) -> None: ...
 

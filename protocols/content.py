@@ -12,7 +12,7 @@ from typing import Annotated, ClassVar
 from msgspec import Meta, Struct
 
 from protocols.budget import Budget
-from protocols.entries import Batch, Feed, FeedMark
+from protocols.entries import Batch, Feed, FeedMark, Head
 from protocols.errors import PeerError
 from protocols.events import (
     BeginAnew,
@@ -24,6 +24,7 @@ from protocols.events import (
     Fetched,
     FetchFailed,
     Get,
+    HeadsRead,
     Hold,
     KeepEntries,
     PeerDown,
@@ -72,6 +73,8 @@ FOLLOW_S = 0.6
 """Between two questions in a row: those for both feeds together are fewer than `ASKS_PER_S`."""
 MAX_FOLLOWS = 64
 """Questions to one peer in a row, while each brings much: a newcomer does not wait for the timer."""
+MIN_ANSWER_BYTES = 64 * 1024
+"""A batch fits, whatever the rate."""
 MAX_ANSWER_BYTES = 1024 * 1024
 MAX_PREFIXES = 2**MAX_AUTHOR_BITS
 MAX_STRIKES = 3
@@ -97,9 +100,11 @@ class ContentSettings(Struct, frozen=True, forbid_unknown_fields=True):
     pull_s: Annotated[float, Meta(gt=0, le=86_400)] = 30.0
     """Between two questions to a random peer. Less spreads news faster; an idle question costs 40 bytes for each author known."""
     max_authors: Annotated[int, Meta(ge=1, le=1_000_000)] = 20_000
-    """Peers whose entries are kept; beyond it whoever has been silent for longest makes room."""
-    max_entries: Annotated[int, Meta(ge=1, le=100_000_000)] = 2_000_000
-    """Entries kept of all authors, for each of the two feeds. A click takes some 200 bytes on the disk."""
+    """Peers whose entries are kept. Where there is no place a new one waits until another has said nothing for a month."""
+    max_clicks: Annotated[int, Meta(ge=1, le=100_000_000)] = 2_000_000
+    """Clicks kept of all authors. One takes some 150 bytes on the disk, and 2 kB where its author means ill."""
+    max_items: Annotated[int, Meta(ge=1, le=100_000_000)] = 200_000
+    """The same for what all authors share and withdraw. An item takes some 1 kB on the disk, and 10 kB where its author means ill."""
     max_clicks_per_author: Annotated[int, Meta(ge=1, le=1_000_000)] = 2_000
     """The newest are kept. Fewer blunt whoever clicks without end, and forget what people liked long ago."""
     max_items_per_author: Annotated[int, Meta(ge=1, le=1_000_000)] = 5_000
@@ -108,6 +113,9 @@ class ContentSettings(Struct, frozen=True, forbid_unknown_fields=True):
     """Of all authors together, asked or answered."""
     entries_per_author: Annotated[int, Meta(ge=MAX_ENTRIES_PER_BATCH, le=MAX_ENTRIES_PER_ANSWER)] = 256
     """Of one author in one answer, so that one who says much does not crowd out the others."""
+    answer_bytes_per_s: Annotated[int, Meta(ge=1_000, le=1_000_000_000)] = 100_000
+    """For answers to all peers together; a fast line brings newcomers up to date sooner with more. A node with an upload limit
+    takes no more than half of that."""
     expire_days: Annotated[int, Meta(ge=1, le=36_500)] = 180
     """Whoever has said nothing for longer is forgotten. A node renews what it shares itself in time."""
     pushes: bool = False
@@ -162,17 +170,17 @@ class Content(Machine):
         self._view = view
         self._rng = rng
         limits = {
-            Feed.CATALOGUE: settings.max_items_per_author,
-            Feed.CLICKS: settings.max_clicks_per_author,
+            Feed.CATALOGUE: (settings.max_items, settings.max_items_per_author),
+            Feed.CLICKS: (settings.max_clicks, settings.max_clicks_per_author),
         }
         self.feeds = {
             feed: FeedSet(
                 view.network,
                 feed,
                 signatures,
-                FeedLimits(settings.max_authors, settings.max_entries, window, settings.expire_days),
+                FeedLimits(settings.max_authors, most, window, settings.expire_days),
             )
-            for feed, window in limits.items()
+            for feed, (most, window) in limits.items()
         }
         self._signatures = signatures
         self._timers = Timers("content", "content", FIRST_TOKEN)
@@ -182,9 +190,10 @@ class Content(Machine):
         self._num_pulls = 0
         self._questions: dict[int, _Question] = {}
         self._recalls: dict[int, tuple[PeerId, int, Feed]] = {}
-        """Entries that are being brought for a peer: whose question, and which."""
+        """Entries that are being brought for a peer: whose question, and which. One for each feed."""
         self._getting: dict[Digest, _Getting] = {}
         self._held: set[Digest] = set()
+        self._answers = Budget(settings.answer_bytes_per_s)
         self._asks: dict[PeerId, Budget] = {}
         self._seeks: dict[PeerId, Budget] = {}
         self._strikes: dict[PeerId, int] = {}
@@ -194,10 +203,17 @@ class Content(Machine):
     # --- the operator -----------------------------------------------------------------------------------
     def _on_started(self, now: float, event: Started) -> list[Output]:
         self._unix_s = event.unix_s - now
-        for feed, heads in event.heads:
-            self.feeds[feed].load(heads)
+        self._load(event.heads)
         wait = min(FIRST_PULL_S, self._settings.pull_s)
         return [SetTimer(Timer("content", "pull", 0), wait * self._rng.uniform(0.5, 1.5))]
+
+    def _load(self, heads: Sequence[tuple[Feed, Sequence[Head]]]) -> None:
+        for feed, each in heads:
+            self.feeds[feed].load(each)
+
+    def _on_heads_read(self, now: float, event: HeadsRead) -> list[Output]:
+        self._load(event.heads)
+        return []
 
     def _on_publish(self, now: float, event: Publish) -> list[Output]:
         try:
@@ -386,6 +402,9 @@ class Content(Machine):
         if message.prefix >= 2**message.bits:
             return self._strike(peer, Reason.MALFORMED, "a prefix longer than its bits")
         settings = self._settings
+        waits = any((to, feed) == (peer, message.feed) for to, _, feed in self._recalls.values())
+        if waits or self._answers.left(now) <= 0:
+            return [Send(peer, Entries(message.token, message.feed, (), True))]  # others have more time
         wants = self.feeds[message.feed].lacking(
             {mark.author: mark for mark in message.marks},
             message.bits,
@@ -398,11 +417,16 @@ class Content(Machine):
             return [Send(peer, Entries(message.token, message.feed, (), True))]
         token = self._timers.new_token()
         self._recalls[token] = peer, message.token, message.feed
-        return [Recall(token, message.feed, wants, MAX_ANSWER_BYTES)]
+        # Of about a second, since heartbeats wait behind it.
+        max_bytes = min(max(settings.answer_bytes_per_s, MIN_ANSWER_BYTES), MAX_ANSWER_BYTES)
+        return [Recall(token, message.feed, wants, max_bytes)]
 
     def _on_recalled(self, now: float, event: Recalled) -> list[Output]:
         peer, token, feed = self._recalls.pop(event.token)
-        return _in_messages(peer, token, feed, event.batches) if self._view.is_live(peer) else []
+        if not self._view.is_live(peer):
+            return []
+        self._answers.spend(now, sum(map(batch_bytes, event.batches)))
+        return _in_messages(peer, token, feed, event.batches)
 
     # --- getting content --------------------------------------------------------------------------------
     def _on_get(self, now: float, event: Get) -> list[Output]:
@@ -581,6 +605,7 @@ class Content(Machine):
         PeerDown: _on_peer_down,
         Ask: _on_ask,
         Recalled: _on_recalled,
+        HeadsRead: _on_heads_read,
         Entries: _on_entries,
         Seek: _on_seek,
         Found: _on_found,

@@ -186,6 +186,12 @@ class Recalled(_Fact, frozen=True):
     batches: tuple[Batch, ...]
 
 
+class HeadsRead(_Fact, frozen=True):
+    """Where the feeds stand that are kept: something that the core gave to be kept was not, and did not happen."""
+
+    heads: tuple[tuple[Feed, tuple[Head, ...]], ...]
+
+
 class StopRequested(_Fact, frozen=True):
     """The operator wants out: say goodbye, keep what is worth keeping, halt."""
 
@@ -213,6 +219,7 @@ Event = (
     | Drop
     | Hold
     | Recalled
+    | HeadsRead
     | StopRequested
 )
 

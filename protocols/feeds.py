@@ -36,7 +36,10 @@ CLOCK_SKEW_DAYS = 1
 FEW_CLICKS = 16
 """At most 33 kB, whatever their words."""
 FULL = 0.95
-"""Of what may be kept: as much is left when room was made, so that it is not made for every batch."""
+"""Of what may be kept: beyond it no new author is taken in. Those who are known may go on to the end."""
+QUIET_DAYS = 30
+"""After so long without a word an author makes room for a new one, and not before: whoever invents names by the thousand
+can keep newcomers out, but cannot make others be forgotten."""
 BATCH_OVERHEAD_BYTES = 192
 """Of a batch, beside its entries."""
 
@@ -120,8 +123,6 @@ class FeedSet:
         self._limits = limits
         self._states: dict[bytes, _State] = {}
         self.num_entries = 0
-        self._let_go_day = -1
-        """The latest on which one spoke who had to make room."""
 
     def load(self, heads: Iterable[Head]) -> None:
         """What was kept before a restart."""
@@ -194,12 +195,12 @@ class FeedSet:
         if batch.entries[-1].day > today + CLOCK_SKEW_DAYS:
             return NOTHING
         if state is None or batch.epoch > state.epoch:
-            return self._adopt(batch, hashes, today)
+            return self._adopt(batch, hashes)
         if batch.first > state.last + 1:
             # Whoever leaves out a part must not make us forget what came before it.
             if not self._is_over(state, batch, today):
                 return NOTHING
-            return self._adopt(batch, hashes, today)
+            return self._adopt(batch, hashes)
         before = batch.first - 1
         new = batch.entries[state.last - before :]
         chain = hashes[state.last - batch.first] if state.last > before else batch.prior
@@ -214,7 +215,8 @@ class FeedSet:
             if len(new) == len(batch.entries)
             else replace(batch, first=state.last + 1, prior=state.chain, entries=new)
         )
-        return self._append(state, added, hashes[-1], today, ())
+        room = self._make_room(batch.author, min(len(new), self._limits.window - state.count))
+        return NOTHING if room is None else self._append(state, added, hashes[-1], room)
 
     def _check(self, batch: Batch) -> list[bytes]:
         """The running hashes of a batch that its author signed."""
@@ -258,21 +260,23 @@ class FeedSet:
             or state.day < today - self._limits.expire_days
         )
 
-    def _adopt(self, batch: Batch, hashes: Sequence[bytes], today: int) -> Taken:
+    def _adopt(self, batch: Batch, hashes: Sequence[bytes]) -> Taken:
         """Hold this of an author, and nothing that was before."""
         author = batch.author
-        known = author in self._states
-        if not known and not self._has_room(min(batch.entries[-1].day, today)):
+        before = self._states.get(author)
+        if before is None and self._is_full():
             return NOTHING
-        cuts: tuple[Cut, ...] = ()
-        if known:
+        room = self._make_room(author, len(batch.entries) - (before.count if before else 0))
+        if room is None:
+            return NOTHING
+        if before is not None:
             self._drop(author)
-            cuts = (Cut(author, batch.epoch, batch.first),)
+            room = (*room, Cut(author, batch.epoch, batch.first))
         head = Head(author, batch.epoch, batch.first, batch.first - 1, batch.prior, 0)
         state = self._states[author] = _State(head)
-        return self._append(state, batch, hashes[-1], today, cuts)
+        return self._append(state, batch, hashes[-1], room)
 
-    def _append(self, state: _State, batch: Batch, chain: bytes, today: int, cuts: tuple[Cut, ...]) -> Taken:
+    def _append(self, state: _State, batch: Batch, chain: bytes, cuts: tuple[Cut, ...]) -> Taken:
         state.last, state.chain, state.day = batch.last, chain, batch.entries[-1].day
         self.num_entries += len(batch.entries)
         first = max(state.first, state.last - self._limits.window + 1)
@@ -280,43 +284,51 @@ class FeedSet:
             self.num_entries -= first - state.first
             state.first = first
             cuts = (*cuts, Cut(batch.author, batch.epoch, first))
-        if self._is_full():
-            cuts = (*cuts, *self._make_room(batch.author))
         return Taken(batch, cuts)
 
     # --- room -------------------------------------------------------------------------------------------
-    def _is_full(self, share: float = 1.0) -> bool:
+    def _is_full(self) -> bool:
+        """Whether there is no place for a new author."""
         limits = self._limits
         authors, entries = len(self._states) / limits.max_authors, self.num_entries / limits.max_entries
-        return max(authors, entries) > share
+        return max(authors, entries) > FULL
 
-    def _has_room(self, day: int) -> bool:
-        """For a new author who spoke on this day: not for one as silent as those who had to go for others."""
-        return day > self._let_go_day or not self._is_full(FULL)
-
-    def _make_room(self, newcomer: bytes) -> list[Cut]:
-        """Whoever has been silent for longest goes."""
-        kept = (self._signatures.author, newcomer)
-        others = sorted((s.day, s.last, a) for a, s in self._states.items() if a not in kept)
+    def _make_room(self, author: bytes, more: int) -> tuple[Cut, ...] | None:
+        """For more entries of an author: who came after it goes for it, the last first, since names cost nothing. None where
+        that is not enough."""
+        excess = self.num_entries + more - self._limits.max_entries
+        if excess <= 0:
+            return ()
+        authors = list(self._states)
+        later = authors[authors.index(author) + 1 :] if author in self._states else []
+        later = [each for each in later if each != self._signatures.author]
+        if sum(self._states[each].count for each in later) < excess:
+            return None
+        enough = self.num_entries - excess - int((1 - FULL) * self._limits.max_entries)
         cuts = []
-        for day, _, author in others:
-            if not self._is_full(FULL):
-                break
-            self._let_go_day = max(self._let_go_day, day)
-            self._drop(author)
-            cuts.append(Cut(author, self._states.pop(author).epoch, MAX_SEQ))
-        return cuts
+        while later and self.num_entries > enough:
+            cuts.append(self._forget(later.pop()))
+        return tuple(cuts)
+
+    def _forget(self, author: bytes) -> Cut:
+        self._drop(author)
+        return Cut(author, self._states.pop(author).epoch, MAX_SEQ)
 
     def expire(self, unix_s: float) -> list[Cut]:
-        """Let go of authors who have said nothing for so long that all of theirs has expired."""
-        oldest = int(unix_s) // DAY_S - self._limits.expire_days
-        over = [author for author, state in self._states.items() if state.count and state.day < oldest]
+        """Let go of what authors said who have been silent for too long; where there is no room for new ones, of whoever has
+        been silent for a while. To be called now and then."""
+        today = int(unix_s) // DAY_S
         cuts = []
-        for author in over:
-            state = self._states[author]
-            self.num_entries -= state.count
-            state.first = state.last + 1
-            cuts.append(Cut(author, state.epoch, state.first))
+        for author, state in self._states.items():
+            if state.count and state.day < today - self._limits.expire_days:
+                self.num_entries -= state.count
+                state.first = state.last + 1
+                cuts.append(Cut(author, state.epoch, state.first))
+        if self._is_full():
+            quiet = [(s.day, a) for a, s in self._states.items() if s.day < today - QUIET_DAYS]
+            for _, author in sorted(quiet):
+                if author != self._signatures.author and self._is_full():
+                    cuts.append(self._forget(author))
         return cuts
 
     def _drop(self, author: bytes, *, void: bool = False) -> None:

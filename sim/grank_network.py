@@ -209,6 +209,7 @@ class Network:
             entries_per_answer=100_000,
             entries_per_author=100_000,
             max_clicks_per_author=100_000,
+            answer_bytes_per_s=1_000_000_000,
             pushes=pushes,
         )
         # Nobody links up but to pull. One neighbour tells of a quarter of what the view has room for, at most.

@@ -40,12 +40,15 @@ class Peer:
         self.changed = asyncio.Event()
         self.crash: list[BaseException] = []
         self.address = ""
+        self.strangers: set[PeerId] = set()
+        """Linked, and without a hello that lets them in."""
         self.network = Libp2pNetwork(
             Ed25519PrivateKey.generate(),
             ["/ip4/127.0.0.1/tcp/0"],
             Holdings(self.models, self.contents),
             self.hear,
             on_crash=self.crash.append,
+            has_greeted=lambda peer: peer not in self.strangers,
         )
 
     @property
@@ -248,6 +251,18 @@ async def test_what_is_not_wanted_or_has_no_room_is_not_fetched(make_peer: MakeP
     assert isinstance(failure, FetchFailed)
     assert (failure.reason, "min_free_bytes" in failure.detail) == (Reason.BUSY, True)
     assert list((client.home / "content").iterdir()) == []
+
+
+async def test_whoever_has_not_greeted_is_served_nothing(make_peer: MakePeer) -> None:
+    client, (a,) = await linked(make_peer, 1)
+    a.share()
+    client.contents.want(REF, Kind.FILE, "film")
+    a.strangers.add(client.me)
+    failure = await client.fetch(1, REF, a)
+    assert isinstance(failure, FetchFailed)
+    assert failure.reason is Reason.GONE
+    a.strangers.clear()
+    assert await client.fetch(2, REF, a) == Fetched(2)
 
 
 async def test_a_fetch_of_what_is_given_up_ends(make_peer: MakePeer) -> None:

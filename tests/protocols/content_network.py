@@ -52,7 +52,7 @@ from tests.protocols.identities import FakeSignatures
 
 LATENCY_S = 0.01
 FETCH_S = 0.2
-QUICK = ContentSettings(pull_s=2.0)
+QUICK = ContentSettings(pull_s=2.0, answer_bytes_per_s=100_000_000)
 
 
 def address(peer: str) -> str:

@@ -440,13 +440,14 @@ def test_one_message_may_hold_what_makes_its_beginning_void(second: str) -> None
 
 
 def test_who_is_driven_out_by_the_next_in_the_same_message_is_not_kept() -> None:
-    net = ContentNetwork(2, settings=replace(QUICK, max_authors=1))
+    net = ContentNetwork(2, settings=replace(QUICK, max_clicks=4))
     net.link("n0", "n1")
-    first, second = Story("first", clicks(1, TODAY - 1)), Story("second", clicks(1))
+    first, second = Story("first", clicks(4)), Story("second", clicks(1))
     ask = question(net, "n1", "n0")
-    net.say("n0", "n1", Entries(ask.token, Feed.CLICKS, (first.batch(), second.batch()), True))
+    batches = (first.batch(1, 1), second.batch(), first.batch(2, 4))
+    net.say("n0", "n1", Entries(ask.token, Feed.CLICKS, batches, True))
     net.run(0.1)
-    assert set(net["n1"].heads()) == {second.author}
+    assert set(net["n1"].heads()) == {first.author}
     net.check()
 
 

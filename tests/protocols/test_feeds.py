@@ -451,16 +451,21 @@ def test_who_is_silent_for_long_expires_and_goes_on_later() -> None:
     assert copy.heads()[0].first == 5, "nothing is held before the gap"
 
 
-def test_the_silent_make_room_and_who_spoke_later_does_not() -> None:
+def test_the_quiet_make_room_and_nobody_else() -> None:
     copy = Copy(limits=LIMITS._replace(max_authors=20))
-    said = [Story(f"author {number}", clicks(1, TODAY - 30 + number)) for number in range(21)]
-    copy.take(*(story.batch() for story in said[:20]))
-    (taken,) = copy.take(said[20].batch())
-    assert [(cut.author, cut.first) for cut in taken.cuts] == [(each.author, MAX_SEQ) for each in said[:2]]
-    assert len(copy.feeds) == 19, "so that room is not made for each"
-    again, refused = copy.take(said[1].batch(), said[0].batch())
-    assert again.batch == said[1].batch(), "there is a place"
-    assert refused == NOTHING, "and none for who spoke no later than those who had to go"
+    said = [Story(f"author {number}", clicks(1, TODAY - 22 - number)) for number in range(20)]
+    copy.take(*(story.batch() for story in said))
+    newcomer = Story("newcomer", clicks(1))
+    assert copy.take(newcomer.batch()) == [NOTHING], "all places are taken"
+    cuts = copy.feeds.expire(NOW)
+    assert [(cut.author, cut.first) for cut in cuts] == [(said[19].author, MAX_SEQ)], (
+        "the quietest, and no more"
+    )
+    assert copy.take(newcomer.batch())[0].batch == newcomer.batch()
+    while copy.feeds.expire(NOW):
+        copy.take(Story(f"another {len(copy.feeds)} {copy.feeds.num_entries}", clicks(1)).batch())
+    kept = {head.author for head in copy.heads()}
+    assert {story.author for story in said[:9]} <= kept, "who spoke within a month stays"
 
 
 def test_a_node_makes_no_room_in_its_own_name() -> None:
@@ -473,13 +478,25 @@ def test_a_node_makes_no_room_in_its_own_name() -> None:
 
 
 @pytest.mark.parametrize("day", [TODAY, TODAY + 1])
-def test_a_flood_of_new_keys_drives_out_few_who_spoke_today(day: int) -> None:
-    """Each makes room once, whatever date it gives itself, and then there is none for as late as that."""
+def test_a_flood_of_new_keys_drives_out_nobody(day: int) -> None:
     copy = Copy(limits=LIMITS._replace(max_authors=100))
-    honest = {Story(f"honest {number}", clicks(1)).author for number in range(100)}
-    copy.take(*(Story(f"honest {number}", clicks(1)).batch() for number in range(100)))
+    honest = {Story(f"honest {number}", clicks(1)).author for number in range(60)}
+    copy.take(*(Story(f"honest {number}", clicks(1, TODAY - number % 30)).batch() for number in range(60)))
     copy.take(*(Story(f"flood {number}", clicks(1, day)).batch() for number in range(1_000)))
-    assert len(honest & {head.author for head in copy.heads()}) >= 94
+    copy.feeds.expire(NOW)
+    assert honest <= {head.author for head in copy.heads()}
+    more = Story("honest 7", [*clicks(1, TODAY - 7), click(2, TODAY)])
+    assert copy.take(more.batch())[0].batch is not None, "who is known is heard"
+
+
+def test_a_flood_that_grows_drives_out_itself() -> None:
+    copy = Copy(limits=LIMITS._replace(max_entries=100, window=50))
+    honest = [Story(f"honest {number}", clicks(5)) for number in range(10)]
+    copy.take(*(story.batch() for story in honest))
+    flood = [Story(f"flood {number}", clicks(50)) for number in range(10)]
+    copy.take(*(story.batch(1, 4) for story in flood), *(story.batch(5, 50) for story in flood))
+    assert {story.author for story in honest} <= {head.author for head in copy.heads()}
+    assert copy.feeds.num_entries <= 100
 
 
 def test_all_authors_together_stay_in_bounds() -> None:
