@@ -92,8 +92,8 @@ class ClickLog:
     A click of weight w counts like w clicks, everywhere; it has to be above 0 and is rounded to WEIGHT_GRAIN. Of terms that
     one click names twice the second is ignored.
 
-    Authors, items and terms are numbered as they come. An item keeps its number as long as the log lives and through
-    `to_arrays`. Not for more than one thread at a time.
+    Authors, items and terms are numbered as they come. An item keeps its number while it has clicks or somebody holds it by
+    `item_index`, and through `to_arrays`; then another gets it. Not for more than one thread at a time.
 
     Source: arXiv 2301.12530, section 3, in the words of its author's thesis.
     """
@@ -114,7 +114,7 @@ class ClickLog:
 
     @property
     def num_items(self) -> int:
-        """How many items have a number; not all of them need to have clicks."""
+        """One more than the highest number of an item; not all of them need to have clicks."""
         return len(self._items)
 
     @property
@@ -123,16 +123,39 @@ class ClickLog:
         return sum(self._num_clicks)
 
     def item_index(self, item: bytes) -> int:
-        """The number of an item, which it gets now if it has none."""
-        index = self._item_of.get(item)
-        if index is None:
-            index = self._item_of[item] = len(self._items)
-            self._items.append(item)
+        """The number of an item (not empty), which it gets now if it has none, and keeps until `release` was called as often."""
+        index = self._numbered(item)
+        self._num_holds[index] += 1
         return index
 
+    def release(self, item: bytes) -> None:
+        """Takes one call of `item_index` back."""
+        index = self._item_of[item]
+        self._num_holds[index] -= 1
+        self._let_go(index)
+
     def item_of(self, index: int) -> bytes:
-        """The item of a number."""
+        """The item of a number; empty where none has it now."""
         return self._items[index]
+
+    def _numbered(self, item: bytes) -> int:
+        index = self._item_of.get(item)
+        if index is None and self._free:
+            index = self._item_of[item] = self._free.pop()
+            self._items[index] = item
+        elif index is None:
+            index = self._item_of[item] = len(self._items)
+            self._items.append(item)
+            self._num_rows.append(0)
+            self._num_holds.append(0)
+        return index
+
+    def _let_go(self, index: int) -> None:
+        """Another may have the number of an item that has neither clicks nor holder: there is no end of items to click."""
+        if not self._num_rows[index] and not self._num_holds[index]:
+            del self._item_of[self._items[index]]
+            self._items[index] = b""
+            self._free.append(index)
 
     # -- changes
     def add(self, author: bytes, terms: Sequence[str], item: bytes, weight: float = 1.0) -> None:
@@ -146,7 +169,7 @@ class ClickLog:
             a = self._new_author(author)
         i = self._item_of.get(item)
         if i is None:
-            i = self.item_index(item)
+            i = self._numbered(item)
         state = self._states[a] or self._taken_apart(a)
         self._similarity = None
         self._num_clicks[a] += 1
@@ -196,8 +219,9 @@ class ClickLog:
         state = self._states[a] or self._taken_apart(a)
         self._similarity = None
         for row in state.rows.values():
-            self._num_dead += self._clicks[row] > 0
-            self._clicks[row] = 0.0
+            if self._clicks[row]:
+                self._clicks[row] = 0.0
+                self._row_dies(self._row_items[row])
         state = self._states[a] = _Author()
         self._num_clicks[a] = self._num_clicked[a] = 0
         if a == self._me:
@@ -239,8 +263,9 @@ class ClickLog:
         return Entries(local[kept], columns[1][kept], columns[2][kept], clicks[kept])
 
     # -- to keep it
-    def to_arrays(self) -> dict[str, NDArray[Any]]:
-        """All of it but `me`, as numpy arrays of numbers: what `from_arrays` takes. Items keep their numbers.
+    def to_arrays(self, *, all_items: bool = True) -> dict[str, NDArray[Any]]:
+        """All of it but `me`, as numpy arrays of numbers: what `from_arrays` takes. Items keep their numbers, unless those
+        without clicks are left out: not `all_items`.
 
         authors, items, terms: uint8, the names one after the other (terms in UTF-8), with `*_ends`: int64, where each ends.
         row_terms, row_authors, row_items: int32 [rows], in ascending order and distinct; row_clicks: float64 [rows], above 0.
@@ -249,11 +274,13 @@ class ClickLog:
         term, author, item, clicks = self.entries()
         used_authors = np.flatnonzero(view(self._num_clicks))
         used_terms = np.flatnonzero(np.bincount(term, minlength=1))
+        used_items = np.arange(len(self._items)) if all_items else np.flatnonzero(view(self._num_rows))
         author, term = np.searchsorted(used_authors, author), np.searchsorted(used_terms, term)
+        item = item if all_items else np.searchsorted(used_items, item)
         order = np.lexsort((item, author, term))
         names = {
             "authors": [self._authors[a] for a in used_authors.tolist()],
-            "items": self._items,
+            "items": [self._items[i] for i in used_items.tolist()],
             "terms": [self._term_names[t].encode() for t in used_terms.tolist()] if len(term) else [],
         }
         arrays: dict[str, NDArray[Any]] = {}
@@ -294,12 +321,18 @@ class ClickLog:
     ) -> None:
         self._authors, self._items, self._term_names = authors, items, terms
         self._author_of, self._item_of, self._term_of = numbered(authors), numbered(items), numbered(terms)
+        self._item_of.pop(b"", None)
+        self._free = [index for index, item in enumerate(items) if not item]
+        self._num_rows = packed("i", np.bincount(rows.items, minlength=len(items)))
+        self._num_holds = array("i", bytes(4 * len(items)))
         if (
             len(self._author_of) < len(authors)
-            or len(self._item_of) < len(items)
+            or len(self._item_of) + len(self._free) < len(items)
             or len(self._term_of) < len(terms)
         ):
             raise ValueError("not the arrays of a click log: a name twice")
+        if any(self._num_rows[index] for index in self._free):
+            raise ValueError("not the arrays of a click log: clicks on no item")
         self._me = self._author_of[self._me_key]
         self._states: list[_Author | None] = [None] * len(authors)
         self._row_terms, self._row_authors, self._row_items = (packed("i", column) for column in rows[:3])
@@ -351,10 +384,11 @@ class ClickLog:
             self._row_authors.append(a)
             self._row_items.append(i)
             self._clicks.append(0.0)
-            self._by_term.append(t, row)
-            self._by_item.append(i, row)
+            self._by_term.added[t].append(row)
+            self._by_item.added[i].append(row)
         else:
             self._num_dead -= 1
+        self._num_rows[i] += 1
         held = state.items.get(i, 0)
         state.items[i] = held + 1
         if not held:
@@ -362,11 +396,16 @@ class ClickLog:
         return row
 
     def _row_ends(self, a: int, state: _Author, i: int) -> None:
-        self._num_dead += 1
         state.items[i] -= 1
         if not state.items[i]:
             del state.items[i]
             self._item_counts(a, i, -1)
+        self._row_dies(i)
+
+    def _row_dies(self, i: int) -> None:
+        self._num_dead += 1
+        self._num_rows[i] -= 1
+        self._let_go(i)
 
     def _item_counts(self, a: int, i: int, change: int) -> None:
         """An author has clicked an item for the first time, or takes its last click on it back."""
@@ -390,9 +429,14 @@ class ClickLog:
     def _weakest(self, state: _Author) -> int:
         if len(state.top) < self._top_terms:
             return EMPTY
+        # A loop spelt out: half of all clicks of a young log come through here.
         counts, names = state.counts, self._term_names
-        least = min([counts[t] for t in state.top])
-        return max((t for t in state.top if counts[t] == least), key=names.__getitem__)
+        weakest, least = EMPTY, math.inf
+        for t in state.top:
+            count = counts[t]
+            if count < least or (count == least and names[t] > names[weakest]):
+                weakest, least = t, count
+        return weakest
 
     def _promote(self, a: int, state: _Author, t: int) -> None:
         place = len(state.top) if state.weakest == EMPTY else state.top.pop(state.weakest)
@@ -420,7 +464,9 @@ class ClickLog:
     def _tidy(self) -> None:
         """Empty rows are let go of once they are most: so this costs little for each."""
         if self._num_dead > max(_MAX_DEAD, len(self._clicks) // 2):
+            holds = self._num_holds
             self._restore(self.to_arrays())
+            self._num_holds = holds
 
     # -- similarity
     def _raw_similarity(self) -> F64:

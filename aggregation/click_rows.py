@@ -5,6 +5,7 @@ What changes with a single click is `click_log.py`'s matter.
 """
 
 from array import array
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
@@ -82,6 +83,10 @@ def no_rows() -> Rows:
     return Rows(empty, empty, empty, np.zeros(0))
 
 
+def _new_rows() -> "array[int]":
+    return array("q")
+
+
 class Groups:
     """The rows of a column's every value: those of a sorted base, and those added since.
 
@@ -93,18 +98,12 @@ class Groups:
         self._num_values = num_values
         self._order: NDArray[np.intp] | None = None
         self._starts: NDArray[np.intp] | None = None
-        self._added: dict[int, array[int]] = {}
-
-    def append(self, value: int, row: int) -> None:
-        """A new row with this value."""
-        rows = self._added.get(value)
-        if rows is None:
-            rows = self._added[value] = array("q")
-        rows.append(row)
+        self.added: defaultdict[int, array[int]] = defaultdict(_new_rows)
+        """New rows by value; to be appended to."""
 
     def rows(self, value: int) -> I64:
         """Those with this value."""
-        added = np.array(self._added.get(value, ()), dtype=np.int64)
+        added = np.array(self.added.get(value, ()), dtype=np.int64)
         if value >= self._num_values:
             return added
         if self._order is None or self._starts is None:

@@ -255,7 +255,7 @@ class Content(Machine):
         """Ask one random known peer, unless the last one still has to be reached or to answer."""
         if self._pulling is not None or self._questions or self._stopping:
             return []
-        peers = self._others()
+        peers = self._view.reachable()
         if not peers:
             return []
         peer = self._pulling = self._rng.choice(peers)
@@ -264,13 +264,6 @@ class Content(Machine):
             *self._view.reach(now, peer),
             self._timers.set(ANSWER_S, self._give_up_pull, peer, self._num_pulls),
         ]
-
-    def _others(self) -> list[PeerId]:
-        """Everybody that can be asked."""
-        me = self._view.me
-        known = [PeerId(record.peer) for record in self._view.known_records() if record.addresses]
-        linked = dict.fromkeys((*self._view.neighbours(), *known))
-        return [peer for peer in linked if peer != me and not self._view.is_gone(peer)]
 
     def _give_up_pull(self, now: float, peer: PeerId, number: int) -> list[Output]:
         """It was not reached in time."""
@@ -361,7 +354,8 @@ class Content(Machine):
         for batch in batches:
             question.left -= len(batch.entries)
             try:
-                if question.left < 0 or not begins_with(batch.author, question.bits, question.prefix):
+                bits = question.bits
+                if question.left < 0 or (bits and not begins_with(batch.author, bits, question.prefix)):
                     raise PeerError(Reason.UNASKED, "more entries than were asked for")
                 taken = feeds.take(batch, unix_s)
             except PeerError as error:
@@ -425,8 +419,9 @@ class Content(Machine):
         peer, token, feed = self._recalls.pop(event.token)
         if not self._view.is_live(peer):
             return []
-        self._answers.spend(now, sum(map(batch_bytes, event.batches)))
-        return _in_messages(peer, token, feed, event.batches)
+        sizes = [batch_bytes(batch) for batch in event.batches]
+        self._answers.spend(now, sum(sizes))
+        return _in_messages(peer, token, feed, event.batches, sizes)
 
     # --- getting content --------------------------------------------------------------------------------
     def _on_get(self, now: float, event: Get) -> list[Output]:
@@ -446,7 +441,7 @@ class Content(Machine):
         getting.tries += 1
         getting.token = self._timers.new_token()
         getting.asked, getting.num_asked, getting.holders, getting.fetching = {}, 0, {}, False
-        others = self._others()
+        others = self._view.reachable()
         self._rng.shuffle(others)
         near = self._view.neighbours()
         peers = dict.fromkeys((*getting.hints[: MAX_SEEKERS // 2], *near[: MAX_SEEKERS // 2], *others))
@@ -632,12 +627,13 @@ def _add(keeps: list[KeepEntries], feed: Feed, taken: Taken) -> None:
         keeps[-1] = KeepEntries(feed, last.batches + batches, last.cuts)
 
 
-def _in_messages(peer: PeerId, token: int, feed: Feed, batches: tuple[Batch, ...]) -> list[Output]:
-    """Batches in as few messages as their size allows."""
+def _in_messages(
+    peer: PeerId, token: int, feed: Feed, batches: Sequence[Batch], sizes: Sequence[int]
+) -> list[Output]:
+    """Batches, each of so many bytes, in as few messages as that allows."""
     parts: list[list[Batch]] = [[]]
     size = 0
-    for batch in batches:
-        more = batch_bytes(batch)
+    for batch, more in zip(batches, sizes, strict=True):
         if parts[-1] and (size + more > MAX_BATCH_BYTES or len(parts[-1]) == MAX_BATCHES_PER_MESSAGE):
             parts.append([])
             size = 0

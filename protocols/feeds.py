@@ -40,6 +40,7 @@ FULL = 0.95
 QUIET_DAYS = 30
 """After so long without a word an author makes room for a new one, and not before: whoever invents names by the thousand
 can keep newcomers out, but cannot make others be forgotten."""
+TOO_LONG = f"an entry of more than {MAX_ENTRY_BYTES} bytes"
 BATCH_OVERHEAD_BYTES = 192
 """Of a batch, beside its entries."""
 
@@ -123,11 +124,13 @@ class FeedSet:
         self._limits = limits
         self._states: dict[bytes, _State] = {}
         self.num_entries = 0
+        self._expired_on = -1
 
     def load(self, heads: Iterable[Head]) -> None:
         """What was kept before a restart."""
         self._states = {head.author: _State(head) for head in heads}
         self.num_entries = sum(state.count for state in self._states.values())
+        self._expired_on = -1
 
     def __len__(self) -> int:
         return len(self._states)
@@ -147,8 +150,10 @@ class FeedSet:
             ValueError: an entry does not belong into this feed, or is longer than `MAX_ENTRY_BYTES`.
         """
         for entry in entries:
-            if problem := self._problem(entry):
-                raise ValueError(problem)
+            if self._feed not in FEEDS_OF[type(entry)]:
+                raise ValueError(self._misplaced(type(entry)))
+            if entry_bytes(entry) > MAX_ENTRY_BYTES:
+                raise ValueError(TOO_LONG)
         me = self._signatures.author
         state = self._states.get(me)
         if state is None or state.void:
@@ -192,7 +197,8 @@ class FeedSet:
         if batch.epoch > unix_s + CLOCK_SKEW_DAYS * DAY_S or (state is not None and _is_old(batch, state)):
             return NOTHING
         hashes = self._check(batch)
-        if batch.entries[-1].day > today + CLOCK_SKEW_DAYS:
+        age = today - batch.entries[-1].day
+        if age < -CLOCK_SKEW_DAYS or age > self._limits.expire_days:
             return NOTHING
         if state is None or batch.epoch > state.epoch:
             return self._adopt(batch, hashes)
@@ -225,11 +231,14 @@ class FeedSet:
         if self._may_be_long(batch) and batch_bytes(batch) > MAX_BATCH_BYTES:
             # It has fitted the frame that it came in, and might not fit one of ours.
             raise PeerError(Reason.MALFORMED, f"a batch of more than {MAX_BATCH_BYTES} bytes")
-        day = 0
-        for entry in batch.entries:
-            if problem := self._problem(entry, day):
-                raise PeerError(Reason.MALFORMED, problem)
-            day = entry.day
+        for kind in set(map(type, batch.entries)):
+            if self._feed not in FEEDS_OF[kind]:
+                raise PeerError(Reason.MALFORMED, self._misplaced(kind))
+        days = [entry.day for entry in batch.entries]
+        if days != sorted(days):
+            raise PeerError(Reason.MALFORMED, "the days of a feed go back")
+        if self._feed is Feed.CATALOGUE and max(map(entry_bytes, batch.entries)) > MAX_ENTRY_BYTES:
+            raise PeerError(Reason.MALFORMED, TOO_LONG)
         if batch.first == 1 and batch.prior != START:
             raise PeerError(Reason.MALFORMED, "a running hash before the first entry")
         hashes = chains(batch.prior, batch.entries)
@@ -242,15 +251,8 @@ class FeedSet:
         """Few clicks cannot be, and to measure each batch would cost more than all other checks."""
         return self._feed is Feed.CATALOGUE or len(batch.entries) > FEW_CLICKS
 
-    def _problem(self, entry: Entry, day: int = 0) -> str | None:
-        if self._feed not in FEEDS_OF[type(entry)]:
-            return f"a {type(entry).__name__.lower()} entry in the {self._feed.value}"
-        if entry.day < day:
-            return "the days of a feed go back"
-        # No click can be that long.
-        if self._feed is Feed.CATALOGUE and entry_bytes(entry) > MAX_ENTRY_BYTES:
-            return f"an entry of more than {MAX_ENTRY_BYTES} bytes"
-        return None
+    def _misplaced(self, kind: type) -> str:
+        return f"a {kind.__name__.lower()} entry in the {self._feed.value}"
 
     def _is_over(self, state: _State, batch: Batch, today: int) -> bool:
         """Whether all that is held of an author would go in any case."""
@@ -319,11 +321,12 @@ class FeedSet:
         been silent for a while. To be called now and then."""
         today = int(unix_s) // DAY_S
         cuts = []
-        for author, state in self._states.items():
-            if state.count and state.day < today - self._limits.expire_days:
-                self.num_entries -= state.count
-                state.first = state.last + 1
-                cuts.append(Cut(author, state.epoch, state.first))
+        if today != self._expired_on:  # whoever was not too old then is not yet
+            self._expired_on = today
+            for author, state in self._states.items():
+                if state.count and state.day < today - self._limits.expire_days:
+                    self._drop(author)
+                    cuts.append(Cut(author, state.epoch, state.first))
         if self._is_full():
             quiet = [(s.day, a) for a, s in self._states.items() if s.day < today - QUIET_DAYS]
             for _, author in sorted(quiet):
@@ -354,11 +357,11 @@ class FeedSet:
         prefix: `max_bits` of them, drawn.
         """
         authors: Sequence[bytes] = tuple(self._states)
-        for bits in range(max_bits + 1):
+        bits = 0
+        while len(authors) > max_marks and bits < max_bits:
+            bits += 1
             authors = [a for a in authors if begins_with(a, bits, prefix >> (max_bits - bits))]
-            if len(authors) <= max_marks:
-                return bits
-        return max_bits
+        return bits
 
     def lacking(
         self,

@@ -318,6 +318,12 @@ class View(Machine):
         """All that known peers have signed last."""
         return [entry.record for _, entry in self._book.items() if entry.record is not None]
 
+    def reachable(self) -> list[PeerId]:
+        """Peers that `reach` may find: all that are known and not gone, and such as are only linked with."""
+        links = self._links
+        known = [p for p, entry in self._book.items() if (entry.addresses or p in links) and not entry.gone]
+        return known + [peer for peer in links if self._book.get(peer) is None]
+
     def status(self) -> list[PeerStatus]:
         """Every known or linked peer."""
         rows = []
