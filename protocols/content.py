@@ -12,7 +12,7 @@ from typing import Annotated, ClassVar
 from msgspec import Meta, Struct
 
 from protocols.budget import Budget
-from protocols.entries import Batch, Feed, FeedMark, Head
+from protocols.entries import Batch, Feed, Head
 from protocols.errors import PeerError
 from protocols.events import (
     BeginAnew,
@@ -118,8 +118,6 @@ class ContentSettings(Struct, frozen=True, forbid_unknown_fields=True):
     takes no more than half of that."""
     expire_days: Annotated[int, Meta(ge=1, le=36_500)] = 180
     """Whoever has said nothing for longer is forgotten. A node renews what it shares itself in time."""
-    pushes: bool = False
-    """Take entries that nobody asked for. For experiments alone: push spreads faster, and what attackers say as well."""
 
 
 class _Question:
@@ -198,7 +196,9 @@ class Content(Machine):
         self._seeks: dict[PeerId, Budget] = {}
         self._strikes: dict[PeerId, int] = {}
         self._stopping = False
-        self._pushed: dict[tuple[PeerId, Feed], dict[bytes, FeedMark]] = {}
+        self.takes_unasked = False
+        """Whether entries are taken that nobody asked for. For experiments alone: that spreads faster, and so does what attackers
+        say."""
 
     # --- the operator -----------------------------------------------------------------------------------
     def _on_started(self, now: float, event: Started) -> list[Output]:
@@ -324,7 +324,7 @@ class Content(Machine):
             return []
         question = self._questions.get(message.token)
         if question is None or question.peer != peer or question.feed is not message.feed:
-            if not self._settings.pushes:
+            if not self.takes_unasked:
                 # An honest answer may be late, so the link stays; it is counted and not looked at.
                 return [Penalise(peer, Reason.UNASKED, "entries that nobody asked for")]
             question = _Question(peer, message.feed, 0, 0, self._settings.entries_per_answer, 0)
@@ -421,7 +421,7 @@ class Content(Machine):
             return []
         sizes = [batch_bytes(batch) for batch in event.batches]
         self._answers.spend(now, sum(sizes))
-        return _in_messages(peer, token, feed, event.batches, sizes)
+        return [Send(peer, message) for message in in_messages(token, feed, event.batches, sizes)]
 
     # --- getting content --------------------------------------------------------------------------------
     def _on_get(self, now: float, event: Get) -> list[Output]:
@@ -569,24 +569,6 @@ class Content(Machine):
             kept.pop(peer, None)
         return []
 
-    def push(self, peer: PeerId, feed: Feed) -> list[Output]:
-        """For experiments alone: bring a peer what it was not brought yet, unasked. It takes it where its `pushes` is set."""
-        pushed = self._pushed.setdefault((peer, feed), {})
-        wants = self.feeds[feed].lacking(
-            pushed,
-            0,
-            0,
-            offset=self._rng.randrange(2**32),
-            per_author=self._settings.entries_per_author,
-            max_entries=self._settings.entries_per_answer,
-        )
-        pushed.update(
-            (want.author, FeedMark(want.author, want.epoch, want.after + want.limit)) for want in wants
-        )
-        token = self._timers.new_token()
-        self._recalls[token] = peer, 0, feed
-        return [Recall(token, feed, wants, MAX_ANSWER_BYTES)] if wants else []
-
     HANDLERS: ClassVar[Mapping[type, Handler]] = {
         Started: _on_started,
         Publish: _on_publish,
@@ -627,10 +609,8 @@ def _add(keeps: list[KeepEntries], feed: Feed, taken: Taken) -> None:
         keeps[-1] = KeepEntries(feed, last.batches + batches, last.cuts)
 
 
-def _in_messages(
-    peer: PeerId, token: int, feed: Feed, batches: Sequence[Batch], sizes: Sequence[int]
-) -> list[Output]:
-    """Batches, each of so many bytes, in as few messages as that allows."""
+def in_messages(token: int, feed: Feed, batches: Sequence[Batch], sizes: Sequence[int]) -> list[Entries]:
+    """An answer in as few messages as its batches allow. sizes: bytes of each, as it travels."""
     parts: list[list[Batch]] = [[]]
     size = 0
     for batch, more in zip(batches, sizes, strict=True):
@@ -640,4 +620,4 @@ def _in_messages(
         parts[-1].append(batch)
         size += more
     last = len(parts) - 1
-    return [Send(peer, Entries(token, feed, tuple(part), i == last)) for i, part in enumerate(parts)]
+    return [Entries(token, feed, tuple(part), i == last) for i, part in enumerate(parts)]

@@ -16,9 +16,10 @@ from typing import NamedTuple
 import msgspec
 from msgspec.structs import replace
 
-from protocols.entries import FEEDS_OF, Batch, Begun, Cut, Entry, Feed, FeedMark, Head, Want
+from protocols.entries import FEEDS_OF, Batch, Begun, Cut, Entry, Feed, FeedMark, Head, Kind, Shared, Want
 from protocols.errors import PeerError
 from protocols.signing import Signatures
+from protocols.terms import item_of_uri
 from protocols.vocabulary import (
     CHAIN_BYTES,
     MAX_BATCH_BYTES,
@@ -40,7 +41,6 @@ FULL = 0.95
 QUIET_DAYS = 30
 """After so long without a word an author makes room for a new one, and not before: whoever invents names by the thousand
 can keep newcomers out, but cannot make others be forgotten."""
-TOO_LONG = f"an entry of more than {MAX_ENTRY_BYTES} bytes"
 BATCH_OVERHEAD_BYTES = 192
 """Of a batch, beside its entries."""
 
@@ -152,8 +152,8 @@ class FeedSet:
         for entry in entries:
             if self._feed not in FEEDS_OF[type(entry)]:
                 raise ValueError(self._misplaced(type(entry)))
-            if entry_bytes(entry) > MAX_ENTRY_BYTES:
-                raise ValueError(TOO_LONG)
+            if problem := _problem(entry):
+                raise ValueError(problem)
         me = self._signatures.author
         state = self._states.get(me)
         if state is None or state.void:
@@ -237,8 +237,10 @@ class FeedSet:
         days = [entry.day for entry in batch.entries]
         if days != sorted(days):
             raise PeerError(Reason.MALFORMED, "the days of a feed go back")
-        if self._feed is Feed.CATALOGUE and max(map(entry_bytes, batch.entries)) > MAX_ENTRY_BYTES:
-            raise PeerError(Reason.MALFORMED, TOO_LONG)
+        if self._feed is Feed.CATALOGUE:  # no click can be wrong in these ways
+            for entry in batch.entries:
+                if problem := _problem(entry):
+                    raise PeerError(Reason.MALFORMED, problem)
         if batch.first == 1 and batch.prior != START:
             raise PeerError(Reason.MALFORMED, "a running hash before the first entry")
         hashes = chains(batch.prior, batch.entries)
@@ -395,6 +397,14 @@ class FeedSet:
                 wants.append(Want(author, state.epoch, after, count))
                 left -= count
         return tuple(wants)
+
+
+def _problem(entry: Entry) -> str | None:
+    """What is wrong with an entry on its own, beyond what its type says."""
+    if isinstance(entry, Shared) and entry.kind is Kind.LINK and entry.item != item_of_uri(entry.uri):
+        # Or a link could take the place of somebody's file.
+        return "a link that is not the item of its URI"
+    return f"an entry of more than {MAX_ENTRY_BYTES} bytes" if entry_bytes(entry) > MAX_ENTRY_BYTES else None
 
 
 def _is_old(batch: Batch, state: _State) -> bool:

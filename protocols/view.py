@@ -319,10 +319,13 @@ class View(Machine):
         return [entry.record for _, entry in self._book.items() if entry.record is not None]
 
     def reachable(self) -> list[PeerId]:
-        """Peers that `reach` may find: all that are known and not gone, and such as are only linked with."""
-        links = self._links
-        known = [p for p, entry in self._book.items() if (entry.addresses or p in links) and not entry.gone]
-        return known + [peer for peer in links if self._book.get(peer) is None]
+        """Peers that `reach` may find: the neighbours, and all others that are known, can be dialled and are not gone."""
+        near = dict.fromkeys(self.neighbours())
+        others = self._book.items()
+        return [
+            *near,
+            *(peer for peer, entry in others if entry.addresses and peer not in near and not entry.gone),
+        ]
 
     def status(self) -> list[PeerStatus]:
         """Every known or linked peer."""

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, ParamSpec
 
 import msgspec
 import typer
@@ -24,7 +24,6 @@ from protocols.errors import ConfigError
 if TYPE_CHECKING:
     from sim.grank import Row, Settings
     from sim.grank_running import Results as GrankResults
-    from sim.grank_running import Tell
     from sim.learning import MakeComputer
     from sim.results import Run
     from sim.running import Outcome
@@ -33,6 +32,7 @@ if TYPE_CHECKING:
 RUNS_FOLDER = Path("covey-runs")
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
+P = ParamSpec("P")
 TOLD_EVERY_S = 10.0
 """Between two lines of progress, where the terminal cannot rewrite one."""
 
@@ -119,7 +119,7 @@ def run(
     folder = None if no_out else out or _new_folder(chosen.name or Path(scenario).stem, chosen.seed)
     from sim.running import run_scenario
 
-    with _progress(quiet) as progress:
+    with _progress(quiet, _status_since(time.perf_counter())) as progress:
         outcome = run_scenario(
             chosen, base, folder, replace=replace, progress=progress, make_computer=_computer(ray)
         )
@@ -173,25 +173,27 @@ def _computer(ray: str | None) -> "MakeComputer":
 
 
 @contextmanager
-def _progress(quiet: bool) -> Iterator[Callable[["World"], None]]:
+def _progress(quiet: bool, line: Callable[P, str]) -> Iterator[Callable[P, None]]:
     """A line that is rewritten in a terminal, and a line now and then elsewhere."""
-    if quiet:
-        yield lambda world: None
-        return
-    began_at = time.perf_counter()
-    if _err.is_terminal:
-        with _err.status("starting") as line:
-            yield lambda world: line.update(_status(world, began_at))
-        return
-    told_at = began_at
+    told_at = time.perf_counter()
 
-    def tell(world: "World") -> None:
+    def tell(*args: P.args, **kwargs: P.kwargs) -> None:
         nonlocal told_at
         if time.perf_counter() - told_at >= TOLD_EVERY_S:
             told_at = time.perf_counter()
-            _err.print(_status(world, began_at), highlight=False)
+            _err.print(line(*args, **kwargs), highlight=False)
 
-    yield tell
+    if quiet:
+        yield lambda *args, **kwargs: None
+    elif _err.is_terminal:
+        with _err.status("starting") as status:
+            yield lambda *args, **kwargs: status.update(line(*args, **kwargs))
+    else:
+        yield tell
+
+
+def _status_since(began_at: float) -> Callable[["World"], str]:
+    return lambda world: _status(world, began_at)
 
 
 def _status(world: "World", began_at: float) -> str:
@@ -363,7 +365,11 @@ def grank(
     found = read_catalogue(catalogue) if catalogue is not None else synthetic(seed)
     folder = None if no_out else out or _new_folder("grank", seed)
     began_at = time.perf_counter()
-    with _sigterm_as_interrupt(), _grank_progress(quiet, len(planned)) as tell:
+
+    def status(number: int, settings: Settings, row: "Row") -> str:
+        return _grank_status(number, len(planned), settings, row)
+
+    with _sigterm_as_interrupt(), _progress(quiet, status) as tell:
         results = run_all(planned, found, catalogue.name if catalogue else "drawn", folder, tell)
     wall_s = time.perf_counter() - began_at
     if as_json:
@@ -381,29 +387,10 @@ def _all_or(names: list[str], known: Iterable[str]) -> list[str]:
     return list(known) if "all" in names else names
 
 
-@contextmanager
-def _grank_progress(quiet: bool, num_runs: int) -> Iterator["Tell"]:
-    """As `_progress`."""
-    told_at = time.perf_counter()
-
-    def line(number: int, settings: "Settings", row: "Row") -> str:
-        run = f"{number + 1}/{num_runs} {settings.experiment}, {settings.name}"
-        distance = row.honest.distance.mean
-        return f"{run} · step {row.step:,} of {settings.steps:,} · distance {distance:.1f}"
-
-    def tell(number: int, settings: "Settings", row: "Row") -> None:
-        nonlocal told_at
-        if time.perf_counter() - told_at >= TOLD_EVERY_S:
-            told_at = time.perf_counter()
-            _err.print(line(number, settings, row), highlight=False)
-
-    if quiet:
-        yield lambda number, settings, row: None
-    elif _err.is_terminal:
-        with _err.status("starting") as status:
-            yield lambda number, settings, row: status.update(line(number, settings, row))
-    else:
-        yield tell
+def _grank_status(number: int, num_runs: int, settings: "Settings", row: "Row") -> str:
+    run = f"{number + 1}/{num_runs} {settings.experiment}, {settings.name}"
+    distance = row.honest.distance.mean
+    return f"{run} · step {row.step:,} of {settings.steps:,} · distance {distance:.1f}"
 
 
 def _print_grank(results: "GrankResults", folder: Path | None, wall_s: float) -> None:
@@ -520,7 +507,7 @@ def replay(
     """Run a results folder's scenario again and compare the trace hashes. Exits with 1 where they differ."""
     from sim.replay import replay as run_again
 
-    with _progress(quiet or as_json) as progress:
+    with _progress(quiet or as_json, _status_since(time.perf_counter())) as progress:
         found = run_again(_read(folder), progress)
     if as_json:
         typer.echo(json.dumps(msgspec.to_builtins(found)))
@@ -544,7 +531,7 @@ def diff(
     """Name the first event in which two runs part. Exits with 1 where they do."""
     from sim.replay import diff as compare
 
-    with _progress(quiet or as_json) as progress:
+    with _progress(quiet or as_json, _status_since(time.perf_counter())) as progress:
         found = compare(_read(a), _read(b), progress)
     if as_json:
         typer.echo(json.dumps(msgspec.to_builtins(found)))

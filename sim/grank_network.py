@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from aggregation.ranking import ClickLog
 from node.core import CoreSettings, NodeCore
 from protocols.codec import encode
-from protocols.content import ContentSettings
-from protocols.entries import Batch, Click, Feed, Head, Want
+from protocols.content import MAX_ANSWER_BYTES, ContentSettings, in_messages
+from protocols.entries import Batch, Click, Feed, FeedMark, Head, Want
 from protocols.events import (
     Aggregate,
     Dial,
@@ -37,7 +37,6 @@ from protocols.events import (
     KeepScalars,
     LinkDown,
     LinkUp,
-    Notice,
     Penalise,
     Publish,
     Recall,
@@ -51,7 +50,7 @@ from protocols.events import (
     TimerFired,
     Train,
 )
-from protocols.feeds import FeedLimits, FeedSet
+from protocols.feeds import FeedLimits, FeedSet, batch_bytes
 from protocols.messages import Ask, Entries, Peers
 from protocols.view import NO_LEARNING, ViewSettings
 from protocols.vocabulary import (
@@ -151,10 +150,16 @@ class User:
     known: bool [items], the items that it has metadata of: its own, and those in the clicks that it has heard.
     """
 
-    __slots__ = ("_known", "core", "held", "known", "log", "log_bytes", "peer", "pull_timer")
+    __slots__ = ("_known", "core", "held", "known", "log", "log_bytes", "peer", "pull_timer", "pushed", "rng")
 
-    def __init__(self, peer: PeerId, core: NodeCore, log: ClickLog, num_items: int) -> None:
+    def __init__(
+        self, peer: PeerId, core: NodeCore, rng: random.Random, log: ClickLog, num_items: int
+    ) -> None:
+        """rng: the core's own."""
         self.peer = peer
+        self.rng = rng
+        self.pushed: dict[PeerId, dict[bytes, FeedMark]] = {}
+        """How far it has brought each author's feed to others."""
         self.core = core
         self.log = log
         self._known = bytearray(num_items)
@@ -210,8 +215,8 @@ class Network:
             entries_per_author=100_000,
             max_clicks_per_author=100_000,
             answer_bytes_per_s=1_000_000_000,
-            pushes=pushes,
         )
+        self._pushes = pushes
         # Nobody links up but to pull. One neighbour tells of a quarter of what the view has room for, at most.
         self._view = ViewSettings(
             target_degree=0, max_degree=MAX_DEGREE, max_brief=MAX_DEGREE, max_known=max(8, 8 * max_nodes)
@@ -255,11 +260,14 @@ class Network:
             content=self._content,
         )
         signatures = SimSignatures(peer)
-        core = NodeCore(settings, peer, random.Random(f"{self._seed} {peer}"), signatures)
+        rng = random.Random(f"{self._seed} {peer}")
+        core = NodeCore(settings, peer, rng, signatures)
+        assert core.content is not None
+        core.content.takes_unasked = self._pushes
         log = ClickLog(signatures.author, top_terms=self._top_terms)
         for digest in self._digests:
             log.item_index(digest)  # an item's index is the same for every node
-        user = User(peer, core, log, len(self._digests))
+        user = User(peer, core, rng, log, len(self._digests))
         for batch in kept:
             user.hear(batch, self.archive, self._place)
         self.users.append(user)
@@ -312,9 +320,19 @@ class Network:
             self._link(user, other)
             self._run()
         assert user.core.content is not None
-        before = len(self.answer_bytes)
-        pushed = user.core.content.push(other.peer, Feed.CLICKS)
-        self._perform(user, [effect for effect in pushed if not isinstance(effect, Notice)])
+        before, pushed = len(self.answer_bytes), user.pushed.setdefault(other.peer, {})
+        wants = user.core.content.feeds[Feed.CLICKS].lacking(
+            pushed,
+            0,
+            0,
+            offset=user.rng.randrange(2**32),
+            per_author=self._content.entries_per_author,
+            max_entries=self._content.entries_per_answer,
+        )
+        batches = self.archive.batches(wants, user.held, MAX_ANSWER_BYTES)
+        pushed.update((batch.author, FeedMark(batch.author, batch.epoch, batch.last)) for batch in batches)
+        messages = in_messages(0, Feed.CLICKS, batches, [batch_bytes(batch) for batch in batches])
+        self._perform(user, [Send(other.peer, message) for message in messages] if batches else [])
         self._run()
         self._join_answer(before)
 

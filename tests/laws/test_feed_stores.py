@@ -12,9 +12,9 @@ from protocols.entries import Cut, Feed, Head, Want
 from protocols.events import KeepEntries, Recall, Recalled
 from protocols.feeds import DAY_S, FeedSet, batch_bytes
 from protocols.vocabulary import MAX_BATCH_BYTES
-from sim.feed_store import FeedStore
 from tests.protocols.content_network import ContentNetwork, Store
 from tests.protocols.feed_copies import EPOCH, LIMITS, NOW, PLENTY, TODAY, Story, click, clicks, shared
+from tests.protocols.feed_store import FeedStore
 from tests.protocols.identities import FakeSignatures
 
 law = settings(derandomize=True, deadline=None, max_examples=200)
@@ -26,7 +26,7 @@ class Tables:
     def __init__(self) -> None:
         self._db = sqlite3.connect(":memory:", isolation_level=None)
         self._db.executescript(TABLES)
-        self._feeds = FeedTables(self._db)
+        self._feeds = FeedTables(self._db, b"")
 
     def keep(self, effect: KeepEntries) -> None:
         with transaction(self._db):

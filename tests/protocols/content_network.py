@@ -46,8 +46,8 @@ from protocols.feeds import FeedSet
 from protocols.messages import Entries, LinkMessage
 from protocols.view import ViewSettings
 from protocols.vocabulary import MAX_ENTRIES_PER_BATCH, ContentRef, Digest, PeerId, Reason, SchemaHash
-from sim.feed_store import FeedStore
 from tests.protocols.feed_copies import NOW, PLENTY, Story, click, shared
+from tests.protocols.feed_store import FeedStore
 from tests.protocols.identities import FakeSignatures
 
 LATENCY_S = 0.01

@@ -6,7 +6,7 @@ from itertools import pairwise
 from protocols.entries import Batch, Click, Entry, Feed, FeedMark, Head, Kind, Shared
 from protocols.events import KeepEntries, Recall
 from protocols.feeds import START, FeedLimits, FeedSet, Taken, chains, head_bytes
-from sim.feed_store import FeedStore
+from tests.protocols.feed_store import FeedStore
 from tests.protocols.identities import FakeSignatures
 
 TODAY = 20_000

@@ -300,17 +300,14 @@ def test_authors_that_were_not_asked_for_are_refused() -> None:
     assert net["n1"].reasons() == {Reason.UNASKED: 1}
 
 
-def test_what_is_pushed_is_taken_where_an_experiment_says_so() -> None:
-    settings = {"n1": replace(SLOW, pushes=True), "n0": SLOW}
-    net = ContentNetwork(2, settings=settings)
+def test_what_nobody_asked_for_is_taken_where_an_experiment_says_so() -> None:
+    net = ContentNetwork(2)
     net.link("n0", "n1")
-    net.run(20)
-    net.publish("n0", *clicks(2))
-    for effect in net["n0"].content.push(PeerId("n1"), Feed.CLICKS):
-        net.perform(net["n0"], effect)  # type: ignore[arg-type]
-    net.run(1)
-    assert net["n1"].entries(net["n0"].author) == tuple(clicks(2))
-    assert net["n0"].content.push(PeerId("n1"), Feed.CLICKS) == [], "each once"
+    story = Story("author", clicks(2))
+    net["n1"].content.takes_unasked = True
+    net.say("n0", "n1", Entries(0, Feed.CLICKS, (story.batch(),), True))
+    net.run(0.1)
+    assert net["n1"].entries(story.author) == story.entries
 
 
 # --- forged, replayed, contradictory --------------------------------------------------------------------
@@ -409,7 +406,7 @@ def test_two_stories_void_their_author_wherever_both_come_and_nobody_who_passes_
     one, other = Story("liar", clicks(3, word="jazz")), Story("liar", clicks(5, word="rock"))
     honest = Story("honest", clicks(2))
     # A seed with which some hear the shorter story before the longer one: only they can tell.
-    net = ContentNetwork(4, seed=1, disks={"n1": [one, honest], "n2": [other]})
+    net = ContentNetwork(4, disks={"n1": [one, honest], "n2": [other]})
     author = one.author
 
     def void() -> bool:

@@ -1,4 +1,4 @@
-"""The feeds of one simulated node, in memory: what a core asks to be kept, and is brought when it asks.
+"""The feeds of one node in memory: what a core asks to be kept, and is brought when it asks.
 
 Does what the daemon's SQLite tables do, by the same effects.
 """
