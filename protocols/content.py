@@ -76,7 +76,11 @@ MAX_FOLLOWS = 64
 MIN_ANSWER_BYTES = 64 * 1024
 """A batch fits, whatever the rate."""
 MAX_ANSWER_BYTES = 1024 * 1024
+REFUSED_S = 600.0
+"""After the disk has refused entries nobody is asked for as long: the same would come, and be refused, again and again."""
 MAX_PREFIXES = 2**MAX_AUTHOR_BITS
+PEER_SHARE = 1 / 16
+"""Of the bytes of answers, what one peer may have where others want some too."""
 MAX_STRIKES = 3
 """Refusals after which a link is closed."""
 ASKS_PER_S = 4.0
@@ -97,7 +101,7 @@ MAX_GETS = 256
 class ContentSettings(Struct, frozen=True, forbid_unknown_fields=True):
     """How much is kept of what others say, and how often they are asked."""
 
-    pull_s: Annotated[float, Meta(gt=0, le=86_400)] = 30.0
+    pull_s: Annotated[float, Meta(ge=0.5, le=86_400)] = 30.0
     """Between two questions to a random peer. Less spreads news faster; an idle question costs 40 bytes for each author known."""
     max_authors: Annotated[int, Meta(ge=1, le=1_000_000)] = 20_000
     """Peers whose entries are kept. Where there is no place a new one waits until another has said nothing for a month."""
@@ -186,12 +190,14 @@ class Content(Machine):
         self._pulling: PeerId | None = None
         """Whom the view was asked to reach for a pull."""
         self._num_pulls = 0
+        self._refused_until = 0.0
         self._questions: dict[int, _Question] = {}
         self._recalls: dict[int, tuple[PeerId, int, Feed]] = {}
         """Entries that are being brought for a peer: whose question, and which. One for each feed."""
         self._getting: dict[Digest, _Getting] = {}
         self._held: set[Digest] = set()
         self._answers = Budget(settings.answer_bytes_per_s)
+        self._answered: dict[PeerId, Budget] = {}
         self._asks: dict[PeerId, Budget] = {}
         self._seeks: dict[PeerId, Budget] = {}
         self._strikes: dict[PeerId, int] = {}
@@ -213,6 +219,8 @@ class Content(Machine):
 
     def _on_heads_read(self, now: float, event: HeadsRead) -> list[Output]:
         self._load(event.heads)
+        self._questions = {}
+        self._refused_until = now + REFUSED_S
         return []
 
     def _on_publish(self, now: float, event: Publish) -> list[Output]:
@@ -253,7 +261,7 @@ class Content(Machine):
 
     def _pull(self, now: float) -> list[Output]:
         """Ask one random known peer, unless the last one still has to be reached or to answer."""
-        if self._pulling is not None or self._questions or self._stopping:
+        if self._pulling is not None or self._questions or self._stopping or now < self._refused_until:
             return []
         peers = self._view.reachable()
         if not peers:
@@ -340,7 +348,7 @@ class Content(Machine):
         return out
 
     def _follow(self, now: float, question: _Question) -> list[Output]:
-        if self._stopping or not self._view.is_live(question.peer):
+        if self._stopping or now < self._refused_until or not self._view.is_live(question.peer):
             return []
         return self._ask(now, question.peer, question.feed, question.follows - 1)
 
@@ -397,7 +405,7 @@ class Content(Machine):
             return self._strike(peer, Reason.MALFORMED, "a prefix longer than its bits")
         settings = self._settings
         waits = any((to, feed) == (peer, message.feed) for to, _, feed in self._recalls.values())
-        if waits or self._answers.left(now) <= 0:
+        if waits or not self._may_answer(now, peer):
             return [Send(peer, Entries(message.token, message.feed, (), True))]  # others have more time
         wants = self.feeds[message.feed].lacking(
             {mark.author: mark for mark in message.marks},
@@ -415,12 +423,20 @@ class Content(Machine):
         max_bytes = min(max(settings.answer_bytes_per_s, MIN_ANSWER_BYTES), MAX_ANSWER_BYTES)
         return [Recall(token, message.feed, wants, max_bytes)]
 
+    def _may_answer(self, now: float, peer: PeerId) -> bool:
+        """Whoever has had its share gets what others leave."""
+        rate = self._settings.answer_bytes_per_s
+        share = self._answered.setdefault(peer, Budget(PEER_SHARE * rate))
+        return self._answers.left(now) > (0 if share.left(now) > 0 else rate)
+
     def _on_recalled(self, now: float, event: Recalled) -> list[Output]:
         peer, token, feed = self._recalls.pop(event.token)
         if not self._view.is_live(peer):
             return []
         sizes = [batch_bytes(batch) for batch in event.batches]
         self._answers.spend(now, sum(sizes))
+        if (share := self._answered.get(peer)) is not None:
+            share.spend(now, sum(sizes))
         return [Send(peer, message) for message in in_messages(token, feed, event.batches, sizes)]
 
     # --- getting content --------------------------------------------------------------------------------
@@ -565,7 +581,7 @@ class Content(Machine):
     def _on_peer_down(self, now: float, event: PeerDown) -> list[Output]:
         peer = event.peer
         self._questions = {t: q for t, q in self._questions.items() if q.peer != peer}
-        for kept in (self._asks, self._seeks, self._strikes):
+        for kept in (self._answered, self._asks, self._seeks, self._strikes):
             kept.pop(peer, None)
         return []
 

@@ -298,21 +298,29 @@ class FeedSet:
         return max(authors, entries) > FULL
 
     def _make_room(self, author: bytes, more: int) -> tuple[Cut, ...] | None:
-        """For more entries of an author: who came after it goes for it, the last first, since names cost nothing. None where
-        that is not enough."""
+        """For more entries of an author: whoever has most loses its oldest, and nobody for one who would have more than it, or
+        a few names could drive out all others. None where that is not enough."""
         excess = self.num_entries + more - self._limits.max_entries
         if excess <= 0:
             return ()
-        authors = list(self._states)
-        later = authors[authors.index(author) + 1 :] if author in self._states else []
-        later = [each for each in later if each != self._signatures.author]
-        if sum(self._states[each].count for each in later) < excess:
+        own = more + (self._states[author].count if author in self._states else 0)
+        kept = (self._signatures.author, author)
+        larger = [each for each, s in self._states.items() if s.count > own and each not in kept]
+        if sum(self._states[each].count - own for each in larger) < excess:
             return None
         enough = self.num_entries - excess - int((1 - FULL) * self._limits.max_entries)
         cuts = []
-        while later and self.num_entries > enough:
-            cuts.append(self._forget(later.pop()))
+        for each in sorted(larger, key=lambda each: self._states[each].count, reverse=True):
+            if self.num_entries <= enough:
+                break
+            cuts.append(self._shorten(each, min(self._states[each].count - own, self.num_entries - enough)))
         return tuple(cuts)
+
+    def _shorten(self, author: bytes, count: int) -> Cut:
+        state = self._states[author]
+        state.first += count
+        self.num_entries -= count
+        return Cut(author, state.epoch, state.first)
 
     def _forget(self, author: bytes) -> Cut:
         self._drop(author)

@@ -99,7 +99,7 @@ def tree(top: Path) -> dict[str, bytes]:
     """Every file of a folder by its relative path; a file by itself has none. A link is no file here."""
     if top.is_symlink():
         return {}
-    if not top.is_dir():
+    if top.is_file():
         return {"": top.read_bytes()}
     return {
         path.relative_to(top).as_posix(): path.read_bytes()

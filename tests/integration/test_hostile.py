@@ -165,7 +165,10 @@ FRAMES: dict[str, tuple[bytes | Make, Reason]] = {
     "length of four gigabytes": (b"\xff\xff\xff\xff", Reason.OVERSIZED),
     "random bytes": (b"\x00\x00\x00\x40" + bytes([PROTOCOL_VERSION]) + bytes(range(63)), Reason.MALFORMED),
     "empty frame": (b"\x00\x00\x00\x00", Reason.MALFORMED),
-    "deep nesting": (struct.pack(">I", 60_001) + bytes([PROTOCOL_VERSION]) + b"\x91" * 60_000, Reason.MALFORMED),
+    "deep nesting": (
+        struct.pack(">I", 60_001) + bytes([PROTOCOL_VERSION]) + b"\x91" * 60_000,
+        Reason.MALFORMED,
+    ),
     "another wire version": (struct.pack(">I", 5) + b"\x63\x91\xa3bye", Reason.VERSION),
     "a message before the greeting": (encode(Heartbeat(1, True)), Reason.GREETING),
     "two greetings": (lambda key: encode(hello(key)) * 2, Reason.GREETING),

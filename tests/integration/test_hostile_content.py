@@ -26,10 +26,11 @@ from node.libp2p_network import Libp2pNetwork
 from node.ports import NetworkEvent
 from node.signatures import Ed25519Signatures, author_of
 from protocols.blob import hash_blob
+from protocols.content import ASKS_PER_S, SEEKS_PER_S
 from protocols.entries import Batch, Click, Entry, Feed, FeedMark, Kind, Shared, Withdrawn
 from protocols.events import LinkDown, LinkUp, Received
 from protocols.feeds import FeedLimits, FeedSet, chains, head_bytes
-from protocols.messages import Ask, Entries, Found, Hello, LinkMessage, Refuse, Seek
+from protocols.messages import Ask, Entries, Found, Hello, LinkMessage, Ping, Pong, Refuse, Seek
 from protocols.signing import sign_record
 from protocols.terms import tokens
 from protocols.vocabulary import (
@@ -247,6 +248,8 @@ class Mallory:
             case Received(_, Ask() as ask):
                 self.asked.append(ask)
                 self.say(*self.answers(ask))
+            case Received(_, Ping(token)):
+                self.say(Pong(token, 0))
             case Received(_, Seek(token, digest)):
                 self.say(Found(token, digest in self.store.blobs))
             case _:
@@ -477,7 +480,7 @@ async def test_a_flood_of_clicks_by_one_author_is_cut_to_the_window_and_is_one_v
     )
     assert titles(victim, "colour", "g-rank-capped") == ["Blue", "Red"]
     alike = Click(items["Blue"], DAY, ("colour",), 1)
-    mallory.publish(Feed.CLICKS, alike, *[Click(items["Red"], DAY, ("colour",), 1)] * 1500)
+    mallory.publish(Feed.CLICKS, alike, *[Click(items["Red"], DAY, ("colour",), 1)] * 700)
     await mallory.until(lambda: not mallory.said[Feed.CLICKS])
 
     def clicks_on_red() -> float:
@@ -493,15 +496,16 @@ async def test_a_flood_of_clicks_by_one_author_is_cut_to_the_window_and_is_one_v
 async def test_who_asks_without_end_is_answered_at_a_bounded_rate(
     honest: Honest, serving: None, mallory: Mallory
 ) -> None:
-    before = refused(honest.victim, Reason.FLOOD)
+    before, began_at = refused(honest.victim, Reason.FLOOD), time.monotonic()
     mallory.say(*[Ask(token, Feed.CATALOGUE, 0, 0, (), 100) for token in range(200)])
     mallory.say(*[Seek(token, os.urandom(32)) for token in range(200)])
-    await wait_refused(honest.victim, Reason.FLOOD, before, 300)
+    await wait_refused(honest.victim, Reason.FLOOD, before, 100)
     answers = {message.token for message in mallory.messages if isinstance(message, Entries)}
-    assert 1 <= len(answers) <= 20
-    assert 1 <= sum(isinstance(message, Found) for message in mallory.messages) <= 80
-    status = call(honest.victim.home, "/status")
-    assert status["loop_lateness_ms_max"] < 5000
+    found = sum(isinstance(message, Found) for message in mallory.messages)
+    seconds = 3 + time.monotonic() - began_at
+    assert 1 <= len(answers) <= ASKS_PER_S * seconds
+    assert 1 <= found <= SEEKS_PER_S * seconds
+    assert not mallory.is_out, "it may not know how fast it may ask"
 
 
 async def test_questions_that_make_no_sense_are_refused(
@@ -655,6 +659,18 @@ async def test_a_folders_list_names_no_place_outside_of_it(
     assert "\x1b" not in json.dumps(call(victim.home, "/gets"))
 
 
+async def test_what_has_failed_fails_again_and_does_not_go_round(
+    honest: Honest, serving: None, mallory: Mallory
+) -> None:
+    item = mallory.offer(b"no list", "Twice", "twice", kind=Kind.FOLDER).item.hex()
+    await finds(honest.victim, "twice")
+    for _ in range(2):
+        get(honest.victim, item)
+        await asyncio.to_thread(wait_got, honest.victim, item, "failed")
+    lines = honest.victim.log().splitlines()
+    assert len([line for line in lines if "content held" in line and item in line]) == 2
+
+
 def search_all(node: LocalNode, query: str) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = call(node.home, f"/search?q={query}&limit=1000")["results"]
     return found
@@ -726,6 +742,55 @@ async def test_what_is_packed_stays_packed(honest: Honest, serving: None, mallor
     assert tree(path) == {"": packed.getvalue()}
     assert [each.name for each in path.parent.iterdir() if "holiday" in each.name] == ["holiday.zip"]
     assert home_bytes(honest.victim) < 64 * CHUNK_BYTES
+
+
+# --- descriptions ---------------------------------------------------------------------------------------
+DESCRIPTIONS: dict[str, dict[str, Any]] = {
+    "another size": {"size_bytes": 1000},
+    "a folder": {"kind": Kind.FOLDER},
+}
+
+
+def describe_wrongly(honest: Honest, mallory: Mallory, word: str, **lie: Any) -> tuple[str, bytes]:
+    """What the witness shares, the other claims to be something else, as the last word on it."""
+    data = f"what is meant by {word}".encode() * 100
+    path = honest.folder / f"{word}.txt"
+    path.write_bytes(data)
+    item = share(honest.witness, path, title="As it is", tags=[word])["item"]
+    claims = {"size_bytes": len(data), "day": DAY + 1}
+    (batch,) = mallory.publish(Feed.CATALOGUE, shared(bytes.fromhex(item), "As it is not", word, **claims))
+    mallory.say_next(with_entry(mallory, batch, **lie))
+    return item, data
+
+
+@pytest.mark.parametrize("name", DESCRIPTIONS)
+async def test_who_describes_anothers_item_wrongly_takes_it_from_nobody(
+    honest: Honest, serving: None, mallory: Mallory, name: str
+) -> None:
+    """A digest proves bytes, and nothing proves what anybody says of them."""
+    word = name.replace(" ", "")
+    item, data = describe_wrongly(honest, mallory, word, **DESCRIPTIONS[name])
+
+    def both() -> bool:
+        found = results(honest.victim, word)
+        return bool(found) and len(found[0]["sharers"]) == 2
+
+    await asyncio.to_thread(wait_until, honest.victim, both, "both who describe it")
+    assert titles(honest.victim, word) == ["As it is not"]
+    open_result(honest.victim, word, "As it is not")
+    got = await asyncio.to_thread(wait_got, honest.victim, item)
+    assert tree(Path(got["path"])) == {"": data}
+
+
+async def test_nobody_makes_a_link_of_anothers_item(honest: Honest, serving: None, mallory: Mallory) -> None:
+    before = refused(honest.victim, Reason.MALFORMED)
+    item, _ = describe_wrongly(
+        honest, mallory, "linked", kind=Kind.LINK, size_bytes=0, uri="https://elsewhere.example"
+    )
+    await wait_refused(honest.victim, Reason.MALFORMED, before)
+    await finds(honest.victim, "linked")
+    assert open_result(honest.victim, "linked", "As it is")["state"] != "link"
+    await asyncio.to_thread(wait_got, honest.victim, item)
 
 
 # --- words ----------------------------------------------------------------------------------------------

@@ -91,7 +91,7 @@ def refused(text: str, **environ: str) -> ConfigError:
             "g-rank, g-rank-capped, popularity",
         ),
         ("[content]\nisolation = 2", "content.isolation", "expected `float` <= 1.0", ""),
-        ("[content]\npull_s = 0", "content.pull_s", "expected `float` > 0.0", ""),
+        ("[content]\npull_s = 0", "content.pull_s", "expected `float` >= 0.5", ""),
         ("[content]\ndownloads = 'there'", "content.downloads", "'there' is not absolute", "/…, ~/…"),
         ("[api]\nport = 70000", "api.port", "expected `int` <= 65535", ""),
         ("[log]\nlevel = 'loud'", "log.level", "'loud' is not one", "debug, info, warning, error"),

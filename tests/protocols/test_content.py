@@ -437,15 +437,16 @@ def test_one_message_may_hold_what_makes_its_beginning_void(second: str) -> None
     assert net["n1"].entries(one.author) == (other.entries if second == "anew" else ())
 
 
-def test_who_is_driven_out_by_the_next_in_the_same_message_is_not_kept() -> None:
-    net = ContentNetwork(2, settings=replace(QUICK, max_clicks=4))
+def test_what_makes_room_for_the_next_in_the_same_message_is_not_kept() -> None:
+    net = ContentNetwork(2, settings=replace(QUICK, max_clicks=10))
     net.link("n0", "n1")
-    first, second = Story("first", clicks(4)), Story("second", clicks(1))
+    first, second = Story("first", clicks(9)), Story("second", clicks(4))
     ask = question(net, "n1", "n0")
-    batches = (first.batch(1, 1), second.batch(), first.batch(2, 4))
+    batches = (first.batch(1, 8), second.batch(1, 1), first.batch(9, 9), second.batch(2, 4))
     net.say("n0", "n1", Entries(ask.token, Feed.CLICKS, batches, True))
     net.run(0.1)
-    assert set(net["n1"].heads()) == {first.author}
+    assert net["n1"].entries(second.author) == second.entries
+    assert net["n1"].entries(first.author) == first.entries[3:]
     net.check()
 
 

@@ -489,13 +489,17 @@ def test_a_flood_of_new_keys_drives_out_nobody(day: int) -> None:
     assert copy.take(more.batch())[0].batch is not None, "who is known is heard"
 
 
-def test_a_flood_that_grows_drives_out_itself() -> None:
+@pytest.mark.parametrize("flood_first", [False, True])
+def test_a_flood_that_grows_drives_out_nobody(flood_first: bool) -> None:
     copy = Copy(limits=LIMITS._replace(max_entries=100, window=50))
     honest = [Story(f"honest {number}", clicks(5)) for number in range(10)]
-    copy.take(*(story.batch() for story in honest))
     flood = [Story(f"flood {number}", clicks(50)) for number in range(10)]
-    copy.take(*(story.batch(1, 4) for story in flood), *(story.batch(5, 50) for story in flood))
+    early, late = (flood, honest) if flood_first else (honest, flood)
+    copy.take(*(story.batch(1, 4) for story in early), *(story.batch(1, 4) for story in late))
+    copy.take(*(story.batch(5, 50) for story in flood))
+    copy.take(*(story.batch() for story in honest))
     assert {story.author for story in honest} <= {head.author for head in copy.heads()}
+    assert all(copy.entries(story.author) == story.entries for story in honest)
     assert copy.feeds.num_entries <= 100
 
 
