@@ -47,14 +47,6 @@ class Results(NamedTuple):
     num_matched: I64
 
 
-class Supporter(NamedTuple):
-    """Whose clicks speak for a result. similarity: from 0 to 1; 1 for the node itself."""
-
-    author: bytes
-    clicks: float
-    similarity: float
-
-
 Ranker = Callable[["ClickLog", Entries, int, float], F64]
 """Scores [num_terms, num_items] from the rows of `num_terms` terms; the last argument is F."""
 
@@ -175,19 +167,6 @@ def rank(
 
     order = _ordered(items, keys, len(items) if limit is None else limit, tie)
     return Results(items[order], keys[1][order], keys[0][order])
-
-
-def supporters(log: ClickLog, item_index: int, terms: Sequence[str]) -> list[Supporter]:
-    """Whose clicks for any of `terms` speak for an item: those that count most first, then those lowest by their bytes."""
-    entries = log.entries(list(dict.fromkeys(terms)))
-    here = entries.item == item_index
-    clicks = np.bincount(entries.author[here], entries.clicks[here], 1)
-    similarity = log.factors(0.0)
-    found = [
-        Supporter(log.author_of(a), float(clicks[a]), float(similarity[a]))
-        for a in np.flatnonzero(clicks).tolist()
-    ]
-    return sorted(found, key=lambda one: (-one.clicks * one.similarity, -one.clicks, one.author))
 
 
 def _total(ranker: Ranker, log: ClickLog, entries: Entries, num_terms: int, isolation: float) -> F64:

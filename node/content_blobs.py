@@ -3,6 +3,7 @@
 Belongs here: one file and what may have become of it. Which files there are is known to `content_tables.py`.
 """
 
+import errno
 import hashlib
 import os
 import stat
@@ -12,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from node.store import Blob, Incoming
+from node.store import CONTENT_LANE, Blob, Incoming
 from protocols.blob import chunk_length, digest_of, num_chunks
 from protocols.errors import LocalError, PeerError
 from protocols.messages import FetchHeader
@@ -25,7 +26,7 @@ GONE, DIFFERS = 1, 2
 class ContentBlob(Blob):
     """A whole content where it lies. Each chunk is checked before it is given away."""
 
-    lane = "content"
+    lane = CONTENT_LANE
 
     def __init__(
         self, path: Path, size_bytes: int, hashes: bytes, stamp: str, on_changed: Callable[[int, str], None]
@@ -43,9 +44,14 @@ class ContentBlob(Blob):
         if problem := problem_since(self.path, self._stamp):
             self._on_changed(GONE, problem)
             raise OSError(problem)
-        with open_file(self.path) as file:
-            file.seek(index * CHUNK_BYTES)
-            chunk = file.read(chunk_length(self.size_bytes, index))
+        try:
+            with open_file(self.path) as file:
+                file.seek(index * CHUNK_BYTES)
+                chunk = file.read(chunk_length(self.size_bytes, index))
+        except OSError as error:
+            if error.errno in _LED_ASTRAY:
+                self._on_changed(DIFFERS, "a link leads to it now")
+            raise
         if hashlib.sha256(chunk).digest() != self.chunk_hashes[index]:
             problem = "its bytes are not those that were shared"
             self._on_changed(DIFFERS, problem)
@@ -56,8 +62,13 @@ class ContentBlob(Blob):
 class IncomingContent(Incoming):
     """A content on its way in, which outlives a crash: its chunks' hashes lie beside it on the disk."""
 
-    def __init__(self, path: Path, ref: ContentRef, check_disk: Callable[[int], None]) -> None:
+    lane = CONTENT_LANE
+
+    def __init__(
+        self, path: Path, ref: ContentRef, check_disk: Callable[[int], None], resize: Callable[[int], None]
+    ) -> None:
         super().__init__(path, ref)
+        self._resize = resize
         self._header = path.with_suffix(".header")
         self._check_disk = check_disk
         self._lock = threading.Lock()
@@ -83,15 +94,17 @@ class IncomingContent(Incoming):
 
     def prove(self, header: FetchHeader) -> None:
         """As of any blob. But where the header is that of the digest and the size another, whoever spoke of it first has
-        lied, and not the peer that serves it.
+        lied, and not the peer that serves it: the digest proves the size.
 
         Raises:
-            PeerError: WRONG_SIZE or WRONG_HASH; GONE, there is no such content.
+            PeerError: WRONG_SIZE or WRONG_HASH; BUSY, it has another size, and is to be asked for once more.
+            LocalError: the size that it has is more than is allowed.
         """
         size_bytes = header.size_bytes
         if size_bytes != self.ref.size_bytes and self._is_named_by(size_bytes, header.chunk_hashes):
+            self._resize(size_bytes)
             wrong = f"it has {size_bytes} bytes and not {self.ref.size_bytes}, as whoever shares it says"
-            raise PeerError(Reason.GONE, wrong)
+            raise PeerError(Reason.BUSY, wrong)
         super().prove(header)
 
     def write(self, index: int, chunk: bytes) -> None:
@@ -122,13 +135,35 @@ class IncomingContent(Incoming):
         return min(len(self.held) * CHUNK_BYTES, self.ref.size_bytes)
 
 
-def open_file(path: Path) -> BinaryIO:
-    """A regular file, never through a link; what else may have come there in the meantime is not waited for."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+def open_file(path: Path, enter: Callable[[int, int], None] = lambda folder, depth: None) -> BinaryIO:
+    """A regular file, with no link anywhere on its path; what else may have come there meanwhile is not waited for.
+
+    Whoever may write into a folder that is shared could else have a link lead to what only this process may read.
+
+    path: absolute. enter: told of each folder on the way, by its descriptor, and how many parts its path has. What it raises
+    ends the opening.
+    """
+    folder = os.open(path.anchor, _FOLDER)
+    try:
+        for depth, name in enumerate(path.parts[1:-1], 1):
+            enter(folder, depth)
+            inner = os.open(name, _FOLDER, dir_fd=folder)
+            os.close(folder)
+            folder = inner
+        enter(folder, len(path.parts) - 1)
+        descriptor = os.open(path.name, _FILE, dir_fd=folder)
+    finally:
+        os.close(folder)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise OSError("it is not a file any more")
     return os.fdopen(descriptor, "rb")
+
+
+# With O_PATH a folder need not be readable to be passed through; other systems than Linux have none.
+_FOLDER = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_LED_ASTRAY = (errno.ELOOP, errno.ENOTDIR)
 
 
 def problem_since(path: Path, stamp: str) -> str | None:

@@ -17,7 +17,7 @@ from libp2p.stream_muxer.exceptions import MuxedStreamEOF
 from node.chunk_queue import ChunkQueue
 from node.ports import NetworkEvent, fetch_failure
 from node.rate_limit import TokenBucket
-from node.store import Blob, Incoming
+from node.store import CONTENT_LANE, MODEL_LANE, Blob, Incoming
 from protocols.blob import chunk_length, num_chunks
 from protocols.codec import FrameDecoder, encode, fetch_decoder
 from protocols.errors import LocalError, PeerError
@@ -91,14 +91,17 @@ class Transfers:
         """Streams that are being answered, by the lane of the blob and by peer."""
         self._opening = trio.Lock()
         """Two fetches of one blob must not begin at once."""
-        self.places = trio.CapacityLimiter(math.inf)
-        """For the streams that are read from at once, however many fetches they are of."""
+        self.places = {lane: trio.CapacityLimiter(math.inf) for lane in (MODEL_LANE, CONTENT_LANE)}
+        """For the streams that are read from at once, however many fetches they are of. Contents have their own, or a model would
+        wait until a film is here."""
         self.set_limits(up, down)
 
     def set_limits(self, up: TokenBucket, down: TokenBucket) -> None:
         """From now on, for what runs already too."""
         self.up, self.down = up, down
-        self.places.total_tokens = down.max_streams
+        most = down.max_streams
+        self.places[MODEL_LANE].total_tokens = most
+        self.places[CONTENT_LANE].total_tokens = most if math.isinf(most) else max(1, most // 2)
 
     # --- fetching ---------------------------------------------------------------------------------------
     async def fetch(
@@ -306,7 +309,7 @@ class _Download:
             with to_disk:
                 while self._needs(source):
                     if self._queue.has_work(source):
-                        async with self._transfers.places:
+                        async with self._transfers.places[self._incoming.lane]:
                             await self._pull_stream(source, to_disk)
                     else:
                         await self._changed.wait()

@@ -32,6 +32,10 @@ MAX_STORED_ROUNDS = 100_000
 """The oldest go first; `rounds.jsonl` has them all."""
 
 
+MODEL_LANE, CONTENT_LANE = "model", "content"
+"""Blobs of one lane share places to be served and fetched in, so that those of another never wait for them."""
+
+
 class HomeLock:
     """One daemon per home. Released by the system when the process ends, however it ends.
 
@@ -66,8 +70,7 @@ class HomeLock:
 class Blob:
     """A whole blob, read by chunk."""
 
-    lane = "model"
-    """Blobs of one lane share places to be served in, so that those of another never wait for them."""
+    lane = MODEL_LANE
 
     def __init__(self, path: Path, size_bytes: int, chunk_hashes: tuple[bytes, ...]) -> None:
         self.path = path
@@ -83,6 +86,8 @@ class Blob:
 
 class Incoming:
     """A blob on its way in. Chunks come in any order; each is checked before it is written, so it can be taken up again."""
+
+    lane = MODEL_LANE
 
     def __init__(self, path: Path, ref: ModelRef | ContentRef) -> None:
         self.path = path

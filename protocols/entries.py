@@ -17,12 +17,15 @@ from protocols.vocabulary import (
     MAX_ENTRIES_PER_BATCH,
     MAX_EPOCH,
     MAX_SEQ,
+    MAX_TAG_CHARS,
     MAX_TAGS,
     MAX_TERM_CHARS,
     MAX_TERMS,
+    MAX_TITLE_CHARS,
     ONE_LINE,
     SIGNATURE_BYTES,
     AuthorKey,
+    Detail,
     WireDigest,
 )
 
@@ -55,11 +58,10 @@ Chain = Annotated[bytes, Meta(min_length=CHAIN_BYTES, max_length=CHAIN_BYTES)]
 """Running hash over a feed up to an entry."""
 Term = Annotated[str, Meta(min_length=1, max_length=MAX_TERM_CHARS, pattern=ONE_LINE)]
 """A word of a query: as it is, or `#` and 16 hexadecimal digits where its author hashed it (see `terms.py`)."""
-Title = Annotated[str, Meta(min_length=1, max_length=200, pattern=ONE_LINE)]
+Title = Annotated[str, Meta(min_length=1, max_length=MAX_TITLE_CHARS, pattern=ONE_LINE)]
 Creator = Annotated[str, Meta(max_length=100, pattern=ONE_LINE)]
-Tag = Annotated[str, Meta(min_length=1, max_length=40, pattern=ONE_LINE)]
+Tag = Annotated[str, Meta(min_length=1, max_length=MAX_TAG_CHARS, pattern=ONE_LINE)]
 DetailKey = Annotated[str, Meta(min_length=1, max_length=32, pattern=ONE_LINE)]
-DetailText = Annotated[str, Meta(max_length=240, pattern=ONE_LINE)]
 
 
 class _Entry(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -82,7 +84,7 @@ class Shared(_Entry, frozen=True, tag="shared"):
     """Of the blob; 0 of a link. Of a folder the list alone: what all its files come to is among the details."""
     uri: Annotated[str, Meta(max_length=1024, pattern=_PRINTABLE)]
     """Empty where there is none."""
-    details: Annotated[tuple[tuple[DetailKey, DetailText], ...], Meta(max_length=MAX_DETAILS)]
+    details: Annotated[tuple[tuple[DetailKey, Detail], ...], Meta(max_length=MAX_DETAILS)]
     """More about it, as pairs of a name and a text. A model's task, schema, metrics and lineage are here."""
 
 

@@ -56,6 +56,8 @@ MAX_TERMS = 8
 MAX_TERM_CHARS = 64
 MAX_TAGS = 16
 MAX_DETAILS = 16
+MAX_TITLE_CHARS = 200
+MAX_TAG_CHARS = 40
 MAX_CONTENT_BYTES = MAX_MODEL_BYTES
 DIGEST_BYTES = 32
 
@@ -72,8 +74,11 @@ _PRINTABLE = r"^[!-~]+\Z"
 Address = Annotated[str, Meta(min_length=1, max_length=256, pattern=_PRINTABLE)]
 """A multiaddr that ends in `/p2p/<peer id>`."""
 Round = Annotated[int, Meta(ge=0, le=MAX_ROUND)]
-ONE_LINE = r"^[^\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]*\Z"
+_BREAKERS = r"\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069"
+ONE_LINE = rf"^[^{_BREAKERS}]*\Z"
 """Neither control characters nor such as end a line or turn the direction of writing."""
+BREAKS_LINE = re.compile(rf"[{_BREAKERS}\ud800-\udfff]")
+"""A character that `ONE_LINE` has no room for, or half a one, which stands for a byte that is no text."""
 Name = Annotated[str, Meta(min_length=1, max_length=64, pattern=ONE_LINE)]
 MAX_DETAIL_CHARS = 240
 Detail = Annotated[str, Meta(max_length=MAX_DETAIL_CHARS, pattern=ONE_LINE)]
@@ -225,9 +230,9 @@ class PeerRecord(Struct, frozen=True, array_like=True, forbid_unknown_fields=Tru
     )
 
 
-def one_line(text: str) -> str:
-    """Any text as a `Detail`: what is not allowed becomes spaces, and it is cut to length."""
-    return "".join(c if re.match(ONE_LINE, c) else " " for c in text[:MAX_DETAIL_CHARS])
+def one_line(text: str, limit: int = MAX_DETAIL_CHARS) -> str:
+    """Any text as a `Detail`, or as another field of so many characters: what is not allowed becomes spaces."""
+    return BREAKS_LINE.sub(" ", text[:limit])
 
 
 def peer_of(address: str) -> PeerId | None:

@@ -120,17 +120,6 @@ def write_results(results: Results, folder: Path) -> None:
         write_report(results, folder / REPORT_FILE, folder / PICTURE_FILE)
 
 
-def read_results(folder: Path) -> Results:
-    """Raises ConfigError where the folder holds none."""
-    path = folder / RESULTS_FILE
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=Results)
-    except OSError as error:
-        raise ConfigError(str(path), f"cannot be read ({error.strerror})") from error
-    except msgspec.MsgspecError as error:
-        raise ConfigError(str(path), f"holds no results of `covey sim grank` ({error})") from error
-
-
 def summary(run: Run) -> Summary:
     """Raises IndexError for a run without rows."""
     settings, rows = run.settings, run.rows

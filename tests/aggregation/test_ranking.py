@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aggregation import click_log
-from aggregation.ranking import RANKERS, ClickLog, Query, Results, position_weight, rank, scores, supporters
+from aggregation.ranking import RANKERS, ClickLog, Query, Results, position_weight, rank, scores
 
 law = settings(derandomize=True, deadline=None, max_examples=200)
 
@@ -593,15 +593,6 @@ def test_users_with_nothing_in_common_get_different_orders() -> None:
         asked = query(log, ["a"], dict.fromkeys(ITEMS[:2], 1))
         orders.append(items_of(log, rank("g-rank", log, asked, isolation=0.0)))
     assert orders == [[ITEMS[0], ITEMS[1]], [ITEMS[1], ITEMS[0]]]
-
-
-def test_who_speaks_for_a_result() -> None:
-    log = log_of(one(ME, "a", ITEMS[0]) + one(ANNA, "a", *[ITEMS[0]] * 3) + one(BO, "b", ITEMS[0], ITEMS[1]))
-    found = supporters(log, log.item_index(ITEMS[0]), ["a", "b"])
-    assert [(one.author, one.clicks) for one in found] == [(ANNA, 3.0), (ME, 1.0), (BO, 1.0)]
-    similarity = log.similarities()
-    assert [one.similarity for one in found] == pytest.approx([1.0, 1.0, similarity[BO]])
-    assert supporters(log, log.item_index(ITEMS[1]), ["a"]) == []
 
 
 def test_only_who_is_like_me_counts_without_isolation() -> None:

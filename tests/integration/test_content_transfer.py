@@ -13,8 +13,9 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from node import libp2p_transfer
+from node.config import ContentConfig
 from node.content_blobs import ContentBlob
-from node.content_store import ContentStore, ContentStoreSettings, Holdings
+from node.content_store import ContentStore, Holdings
 from node.libp2p_network import Libp2pNetwork
 from node.ports import NetworkEvent
 from node.rate_limit import MIN_BYTES_PER_S
@@ -35,7 +36,7 @@ class Peer:
         home.mkdir(exist_ok=True)
         self.home = home
         self.models = BlobStore(home, lambda path: None)
-        self.contents = ContentStore(home, ContentStoreSettings(min_free_bytes=0))
+        self.contents = ContentStore(home, ContentConfig(min_free_bytes=0))
         self.heard: list[NetworkEvent] = []
         self.changed = asyncio.Event()
         self.crash: list[BaseException] = []
@@ -246,7 +247,7 @@ async def test_what_is_not_wanted_or_has_no_room_is_not_fetched(make_peer: MakeP
     assert isinstance(failure, FetchFailed)
     assert (failure.reason, "not wanted" in failure.detail) == (Reason.BUSY, True)
     client.contents.want(REF, Kind.FILE, "film")
-    client.contents._settings = ContentStoreSettings(min_free_bytes=2**60)
+    client.contents._settings = ContentConfig(min_free_bytes=2**60)
     failure = await client.fetch(2, REF, a)
     assert isinstance(failure, FetchFailed)
     assert (failure.reason, "min_free_bytes" in failure.detail) == (Reason.BUSY, True)
@@ -304,6 +305,21 @@ async def test_models_and_contents_travel_side_by_side(
     assert len(client.all(Fetched, FetchFailed)) == 2, "the two contents are still on their way"
 
 
+async def test_a_model_does_not_wait_until_a_content_is_here(make_peer: MakePeer) -> None:
+    client, others = await linked(make_peer, 2)
+    for other in others:
+        other.share()
+    model = others[0].models.save(DATA[:50_000], 1, 10)
+    client.network.set_limits(0, 2 * 32 * 1024)  # two streams at once, and the content would take a minute
+    client.contents.want(REF, Kind.FILE, "film")
+    client.network.fetch(1, others[0].me, REF, (others[1].me,))
+    async with asyncio.timeout(30):
+        while client.network.bytes_received < 30_000:  # noqa: ASYNC110 - nothing tells of bytes
+            await asyncio.sleep(0.01)
+    assert await client.fetch(2, model, others[0]) == Fetched(2)
+    assert client.all(Fetched, FetchFailed) == [Fetched(2)]
+
+
 async def test_a_killed_process_goes_on_where_it_was(make_peer: MakePeer, tmp_path: Path) -> None:
     """SIGKILL in the middle of a fetch; the next process fetches only what is missing."""
     server = await make_peer()
@@ -315,7 +331,8 @@ async def test_a_killed_process_goes_on_where_it_was(make_peer: MakePeer, tmp_pa
         import asyncio, sys
         from pathlib import Path
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-        from node.content_store import ContentStore, ContentStoreSettings, Holdings
+        from node.config import ContentConfig
+        from node.content_store import ContentStore, Holdings
         from node.libp2p_network import Libp2pNetwork
         from node.store import BlobStore
         from protocols.entries import Kind
@@ -326,7 +343,7 @@ async def test_a_killed_process_goes_on_where_it_was(make_peer: MakePeer, tmp_pa
 
         async def main():
             ref = ContentRef(digest, size)
-            store = ContentStore(home, ContentStoreSettings(min_free_bytes=0))
+            store = ContentStore(home, ContentConfig(min_free_bytes=0))
             store.want(ref, Kind.FILE, "film.mkv")
             up = asyncio.Event()
             network = Libp2pNetwork(
