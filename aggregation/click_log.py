@@ -134,6 +134,10 @@ class ClickLog:
         self._num_holds[index] -= 1
         self._let_go(index)
 
+    def are_held(self, items: Numbers) -> NDArray[np.bool_]:
+        """Which of these numbers somebody holds by `item_index`, whatever was clicked: [len(items)]."""
+        return np.asarray(view(self._num_holds)[items] > 0)
+
     def item_of(self, index: int) -> bytes:
         """The item of a number; empty where none has it now."""
         return self._items[index]

@@ -29,7 +29,7 @@ Home = Annotated[
 Protocol = Annotated[
     str | None,
     typer.Option(
-        help="How to learn: `gossip` exchanges models with neighbours, `sampled` those of a few nodes drawn anew in each round, `scalars` one byte a gradient estimate, `none` only introduces.",
+        help="How to learn: `gossip` exchanges models with neighbours, `sampled` those of a few nodes drawn anew in each round, `scalars` one byte a gradient estimate, `none` learns nothing: it introduces others, and shares files.",
         show_default="gossip, or what the config says",
     ),
 ]

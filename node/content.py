@@ -16,7 +16,7 @@ import msgspec
 
 from node.config import ContentConfig
 from node.content_api import OpenBody, ShareBody
-from node.content_entries import day_of, entry_facts, name_of
+from node.content_entries import day_of, entry_facts
 from node.content_gets import Gets
 from node.content_sharing import ModelSource, Sharing, Told
 from node.content_shelf import Shelf
@@ -39,8 +39,10 @@ from protocols.events import (
     Record,
 )
 from protocols.terms import hashed, query_terms
-from protocols.vocabulary import ContentRef, Digest
+from protocols.vocabulary import Digest
 
+MAX_HASHING = 2
+"""Things that are hashed at once. More would be no faster, and take the threads that answer everything else."""
 KEPT_S = 30.0
 """What takes the disk longer to write than this is not waited for."""
 RENEW_EVERY_S = 6 * 3600.0
@@ -91,6 +93,7 @@ class ContentService:
         self._loop = asyncio.get_running_loop()
         self._driver: Handles | None = None
         self._hashing: dict[int, dict[str, Any]] = {}
+        self._may_hash = asyncio.Semaphore(MAX_HASHING)
         self._unkept: dict[Feed, deque[_Unkept]] = {feed: deque() for feed in Feed}
         self._tasks: set[asyncio.Task[None]] = set()
         self._stopping = threading.Event()
@@ -105,25 +108,30 @@ class ContentService:
         return self._library.heads()
 
     def keep(self, effect: KeepEntries) -> None:
-        """Write entries. On the disk's thread. What is not written is never told to others."""
-        problem: str | None = None
+        """Write entries. On the disk's thread. What is not written is never told to others. Those of others are not, where so
+        little of the disk is free that it is to stay so.
+
+        Raises:
+            LocalError, OSError, sqlite3.Error: they are not written.
+        """
         try:
+            if any(batch.author != self._me for batch in effect.batches):
+                self._store.check_disk(0)
             self._library.keep(effect)
         except (LocalError, OSError, sqlite3.Error) as error:
-            problem = str(error)
-            self._telemetry.warning("entries not kept", reason=problem)
+            self._tell_kept(effect, str(error))
+            raise
+        self._tell_kept(effect, None)
+
+    def _tell_kept(self, effect: KeepEntries, problem: str | None) -> None:
         own = sum(len(batch.entries) for batch in effect.batches if batch.author == self._me)
         if own:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits for it any more
                 self._loop.call_soon_threadsafe(self._on_kept, effect.feed, own, problem)
 
     def recall(self, effect: Recall) -> Recalled:
-        """Bring entries for a peer. On the disk's thread."""
-        try:
-            return self._library.recall(effect)
-        except (LocalError, OSError, sqlite3.Error) as error:
-            self._telemetry.warning("entries not read", reason=str(error))
-            return Recalled(effect.token, ())
+        """Bring entries for a peer. On the disk's thread. Raises as `keep` does."""
+        return self._library.recall(effect)
 
     def on_record(self, record: Record) -> None:
         """What the core says. It may come in the middle of a step, so what follows from it comes after that."""
@@ -159,12 +167,13 @@ class ContentService:
         if digests:
             self._handle(Hold(digests))
         for wanted in await asyncio.to_thread(self._store.wanted):
-            await self._gets.begin(wanted, await asyncio.to_thread(self._shelf.hints, wanted.ref.digest))
+            await self._begin(wanted)
         self._spawn(self._renew_now_and_then())
 
     async def stop(self) -> None:
         """Leave off. What is under way is taken up at the next start."""
         self._stopping.set()
+        self._store.stop()
         self._gets.stop()
         tasks = list(self._tasks)
         for task in tasks:
@@ -189,7 +198,7 @@ class ContentService:
 
     # --- sharing ----------------------------------------------------------------------------------------
     async def share(self, body: ShareBody) -> dict[str, Any]:
-        """Hash what is to be shared, say so to all, and serve it.
+        """Hash what is to be shared, say so to all, and serve it. Cancelled, it is hashed no further and not shared.
 
         Raises:
             ConfigError, LocalError: it is no such thing, its entry is too long, it cannot be read.
@@ -198,9 +207,10 @@ class ContentService:
         progress = self._hashing[number] = {"path": body.path, "done_bytes": 0, "total_bytes": 0}
         day, rounds = day_of(self._wall_clock()), self._sharing.rounds()
         try:
-            found = await asyncio.to_thread(
-                self._sharing.take_up, body, rounds, day, self._progress(progress)
-            )
+            async with self._may_hash:
+                found = await asyncio.to_thread(
+                    self._sharing.take_up, body, rounds, day, self._progress(number, progress)
+                )
         finally:
             del self._hashing[number]
         await self._publish(Feed.CATALOGUE, found.entry)
@@ -209,10 +219,12 @@ class ContentService:
         self._telemetry.info("shared", title=found.entry.title, item=found.entry.item.hex())
         return {**entry_facts(found.entry), "path": found.path, "skipped": found.skipped}
 
-    def _progress(self, progress: dict[str, Any]) -> Told:
+    def _progress(self, number: int, progress: dict[str, Any]) -> Told:
         def told(done_bytes: int, total_bytes: int) -> None:
             if self._stopping.is_set():
                 raise LocalError("the node stops")
+            if self._hashing.get(number) is not progress:
+                raise LocalError("nobody waits for it any more")
             progress.update(done_bytes=done_bytes, total_bytes=total_bytes)
 
         return told
@@ -241,7 +253,7 @@ class ContentService:
         """Ranked results with why. Nothing leaves the node for it."""
         terms = query_terms(text)
         if not terms:
-            raise ConfigError("q", "holds no word to search for")
+            raise ConfigError("q", "holds no word to search for", ["letters or digits of any script"])
         results = await asyncio.to_thread(self._shelf.find, text, limit, ranker)
         return {
             "query": text,
@@ -262,7 +274,7 @@ class ContentService:
             if self._config.share_clicks == "hashed":
                 terms = tuple(hashed(term, self._network) for term in terms)
             await self._publish(Feed.CLICKS, Click(item, day_of(now_s), terms, body.rank))
-        if entry.kind is Kind.LINK or not body.fetch:
+        if not body.fetch:
             return {**entry_facts(entry), "state": "link" if entry.kind is Kind.LINK else "chosen"}
         return await self._get(entry)
 
@@ -272,6 +284,9 @@ class ContentService:
         await asyncio.to_thread(self._library.forget)
         if said:
             await self._said(Feed.CLICKS, BeginAnew(Feed.CLICKS), 1)
+            await asyncio.to_thread(
+                self._library.forget
+            )  # what was said is not in the file's old pages either
         return {"clicks": count, "taken_back": said}
 
     # --- getting ----------------------------------------------------------------------------------------
@@ -279,10 +294,7 @@ class ContentService:
         """Begin to get an item, or leave off. How far it is stands in `gets`."""
         if cancel:
             return await self._gets.leave_off(item)
-        entry = await asyncio.to_thread(self._shelf.known, item)
-        if entry.kind is Kind.LINK:
-            return {**entry_facts(entry), "state": "link"}
-        return await self._get(entry)
+        return await self._get(await asyncio.to_thread(self._shelf.known, item))
 
     async def _get(self, entry: Shared) -> dict[str, Any]:
         item = Digest(entry.item)
@@ -291,11 +303,31 @@ class ContentService:
             return under_way
         if (at_hand := await asyncio.to_thread(self._shelf.at_hand, entry)) is not None:
             return at_hand
-        if not entry.size_bytes:
-            raise LocalError("its sharer says that it has no bytes: there is nothing to get")
-        wanted = Wanted(ContentRef(item, entry.size_bytes), entry.kind, name_of(entry))
-        await asyncio.to_thread(self._store.want, *wanted)
-        return await self._gets.begin(wanted, await asyncio.to_thread(self._shelf.hints, item))
+        wanted = await asyncio.to_thread(self._want, entry)
+        if wanted is None:
+            return {**entry_facts(entry), "state": "link"}
+        return await self._begin(wanted)
+
+    def _want(self, entry: Shared) -> Wanted | None:
+        """As the likeliest of its sharers describes it for whom there is room. None of a link."""
+        problem: LocalError | None = None
+        for wanted in self._shelf.wanted(entry):
+            try:
+                self._store.want(*wanted)
+            except LocalError as error:
+                problem = problem or error
+            else:
+                return wanted
+        if problem is None and entry.kind is not Kind.LINK:
+            problem = LocalError("its sharer says that it has no bytes: there is nothing to get")
+        if problem is not None:
+            raise problem
+        return None
+
+    async def _begin(self, wanted: Wanted) -> dict[str, Any]:
+        item = wanted.ref.digest
+        hints = await asyncio.to_thread(self._shelf.hints, item)
+        return await self._gets.begin(wanted, hints, await asyncio.to_thread(self._shelf.may_be_file, item))
 
     async def gets(self) -> dict[str, Any]:
         """What is under way, what has just ended, and what is being hashed."""

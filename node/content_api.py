@@ -4,8 +4,10 @@ Belongs here: paths, bodies and status codes. 400 is a wrong request, 409 one th
 sentence. Only the token's owner gets here, see `api.py`: whoever may ask may name any file of the operator's.
 """
 
+import asyncio
+import contextlib
 import sqlite3
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Annotated, Any, Protocol, TypeVar
 
 import msgspec
@@ -23,6 +25,9 @@ MAX_BODY_BYTES = 64 * 1024
 MAX_LISTED = 1000
 LISTED = 50
 FOUND = 20
+LOOK_S = 0.5
+"""Between two looks whether somebody still waits."""
+T = TypeVar("T")
 _Item = Annotated[str, Meta(pattern=r"^[0-9a-fA-F]{6,64}\Z")]
 """An item's digest, or the first digits of it where they are unique."""
 
@@ -136,7 +141,23 @@ async def _gets(contents: ContentCalls, request: Request) -> object:
 
 
 async def _share(contents: ContentCalls, request: Request) -> object:
-    return await contents.share(await _body(request, ShareBody))
+    body = await _body(request, ShareBody)
+    if "\0" in body.path:
+        raise ConfigError("path", "holds a NUL, which no path may")
+    return await _while_connected(request, contents.share(body))
+
+
+async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of long work, which is broken off where nobody waits for it any more."""
+    task = asyncio.create_task(work)
+    try:
+        while not task.done() and not await request.is_disconnected():
+            await asyncio.wait([task], timeout=LOOK_S)
+    finally:
+        task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        return await task
+    raise LocalError("it was broken off, since nobody waits for it any more")
 
 
 async def _unshare(contents: ContentCalls, request: Request) -> object:

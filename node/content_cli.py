@@ -10,7 +10,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 from urllib.parse import urlencode
@@ -33,6 +33,17 @@ POLL_S = 0.2
 ASK_S = 60.0
 SHARE_S = 24 * 3600.0
 """Hashing takes as long as reading."""
+NAMES = {
+    "q": "QUERY",
+    "path": "PATH",
+    "uri": "--uri",
+    "title": "--title",
+    "creator": "--by",
+    "tag": "--tag",
+    "tags": "--tag",
+    "body": "the command line",
+}
+"""What the API's fields are called here."""
 T = TypeVar("T")
 
 Digest = Annotated[str, typer.Argument(help="A digest, or its first digits.", show_default=False)]
@@ -71,16 +82,19 @@ def share_command(
     """Share files, folders, a link or the node's model: all peers may find and get them.
 
     Files stay where they are, and are served as long as they do not change. Peers keep what they got, whatever you unshare.
+    Ctrl-C while one is hashed: it is not shared.
     """
     told = {"title": title, "creator": by, "tags": tag or []}
     found = []
-    for thing in _things(paths or [], uri, model, title):
-        found.append(_share(home, {**told, **thing}))
-        if not as_json:
-            for line in _shared_lines(found[-1]):
-                _say(line)
-    if as_json:
-        print_json(found)
+    try:
+        for thing in _things(paths or [], uri, model, title):
+            found.append(_share(home, {**told, **thing}))
+            if not as_json:
+                for line in _shared_lines(found[-1]):
+                    _say(line)
+    finally:  # what is shared is shared, even where the next is refused
+        if as_json and found:
+            print_json(found)
 
 
 def _things(paths: Sequence[Path], uri: str, model: bool, title: str | None) -> list[dict[str, Any]]:
@@ -111,7 +125,11 @@ def _share(home: Path, body: dict[str, Any]) -> dict[str, Any]:
             for each in _ask(home, "/gets")["sharing"]:
                 bar.update(row, completed=each["done_bytes"], total=each["total_bytes"] or None)
 
-        return _meanwhile(lambda: _ask(home, "/share", body, SHARE_S), look)
+        try:
+            return _meanwhile(lambda: _ask(home, "/share", body, SHARE_S), look)
+        except KeyboardInterrupt:
+            err.print("broken off: it is not shared", highlight=False)
+            raise
 
 
 def _shared_lines(item: dict[str, Any]) -> Iterator[str]:
@@ -127,13 +145,17 @@ def unshare_command(
     as_json: Json = False,
 ) -> None:
     """Share items no more. Your files stay; so do the copies that others have got."""
-    found = [_ask(home, "/unshare", {"item": _digest(digest)}) for digest in digests]
-    if as_json:
-        print_json(found)
-        return
-    for item in found:
-        what = "shared no more" if item["withdrawn"] else "served no more"
-        _say(f"{_short(item)}  {_shown(item['title'])}: {what}")
+    items = [_digest(digest) for digest in digests]
+    found = []
+    try:
+        for item in items:
+            found.append(_ask(home, "/unshare", {"item": item}))
+            if not as_json:
+                what = "shared no more" if found[-1]["withdrawn"] else "served no more"
+                _say(f"{_short(found[-1])}  {_shown(found[-1]['title'])}: {what}")
+    finally:  # as above
+        if as_json and found:
+            print_json(found)
 
 
 # --- covey library --------------------------------------------------------------------------------------
@@ -144,7 +166,7 @@ def library_command(
     as_json: Json = False,
 ) -> None:
     """What is shared, and by whom, as far as this node has heard; and what is being got."""
-    data = _ask(home, "/library?" + urlencode({"mine": int(mine), "limit": limit}))
+    data = _ask(home, "/library", query={"mine": int(mine), "limit": limit})
     if as_json:
         print_json(data)
         return
@@ -153,8 +175,8 @@ def library_command(
         _say(f"    {_sharers(item)}{_state(item)}")
     if not data["items"]:
         _say("nothing shared yet; `covey share PATH` shares a file" if mine else "nothing known yet")
-    elif len(data["items"]) == limit:
-        _say(f"{limit} are shown; --limit shows more, `covey search` finds what you want")
+    elif len(data["items"]) < (total := data["shared" if mine else "known"]):
+        _say(f"{len(data['items'])} of {total} shown; --limit shows more, `covey search` finds what you want")
     for get in data["gets"]:
         if get["state"] != "held":
             _say(_get_line(get))
@@ -196,7 +218,7 @@ def search_command(
     if ranker is not None and ranker not in RANKERS:
         raise ConfigError("--ranker", f"no ranker is called '{ranker}'", RANKERS)
     given = {"q": " ".join(query), "limit": limit, **({"ranker": ranker} if ranker else {})}
-    data = _ask(home, "/search?" + urlencode(given))
+    data = _ask(home, "/search", query=given)
     _remember(home, data)
     if as_json:
         print_json(data)
@@ -207,7 +229,7 @@ def search_command(
     if data["results"]:
         _say("`covey open N` gets one, and ranks better next time")
     else:
-        _say("nothing found among what this node has heard of")
+        _say("nothing found among what this node has heard of; what is new takes a while to come")
 
 
 def _why(item: dict[str, Any]) -> str:
@@ -216,14 +238,14 @@ def _why(item: dict[str, Any]) -> str:
         tags = f", tagged {_shown(', '.join(item['matched_tags']))}" if item["matched_tags"] else ""
         reasons.append(f"matches {_shown(', '.join(item['matched']))}{tags}")
     if item["clicks"]:
-        like = f", {item['similar_clicks']:.4g} of them by {_peers(item['similar_peers'])} like you"
-        clicks = f"{item['clicks']:.4g} clicks by {_peers(item['clickers'])}"
+        like = f", {item['similar_clicks']:.4g} of them by {_many(item['similar_peers'], 'peer')} like you"
+        clicks = f"{_many(item['clicks'], 'click')} by {_many(item['clickers'], 'peer')}"
         reasons.append(clicks + (like if item["similar_peers"] else ""))
     return "why: " + ("; ".join(reasons) or "nothing better")
 
 
-def _peers(number: int) -> str:
-    return "1 peer" if number == 1 else f"{number} peers"
+def _many(number: float, what: str) -> str:
+    return f"{number:.4g} {what}" + ("" if number == 1 else "s")
 
 
 def open_command(
@@ -265,7 +287,7 @@ def _numbered(last: dict[str, Any], number: int) -> str:
     results = last["results"]
     if not results:
         raise LocalError("there are no results to take a number from; begin with `covey search`")
-    if number > len(results):
+    if not 1 <= number <= len(results):
         raise ConfigError("N", f"the last search had no result {number}", [f"1 to {len(results)}"])
     item: str = results[number - 1]
     return item
@@ -367,7 +389,7 @@ def _copy(source: Path, folder: Path) -> Path:
 def _digest_or_number(home: Path, text: str) -> str:
     last = _remembered(home)
     if text.isascii() and text.isdigit() and len(text) < PREFIX_DIGITS:
-        return _numbered(last, max(1, int(text)))
+        return _numbered(last, int(text))
     return _digest(text)
 
 
@@ -396,14 +418,14 @@ def forget_command(
     if as_json:
         print_json(data)
         return
-    _say(f"{data['clicks']} choices forgotten")
+    _say(f"{_many(data['clicks'], 'choice')} forgotten")
     if data["taken_back"]:
         _say("peers drop what you told them as soon as they hear of it; nobody can be made to")
 
 
 def _confirm(question: str) -> None:
     try:
-        typer.confirm(question, abort=True)
+        typer.confirm(question, abort=True, err=True)
     except typer.Abort as error:
         if isinstance(error.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from None
@@ -413,19 +435,38 @@ def _confirm(question: str) -> None:
 
 
 # --- what they share ------------------------------------------------------------------------------------
-def _ask(home: Path, path: str, body: dict[str, Any] | None = None, timeout_s: float = ASK_S) -> Any:
-    """The daemon's answer. Its refusals in its own words.
+def _ask(
+    home: Path,
+    path: str,
+    body: dict[str, Any] | None = None,
+    timeout_s: float = ASK_S,
+    query: Mapping[str, Any] | None = None,
+) -> Any:
+    """The daemon's answer. Its refusals in its own words, but for the names of what was asked.
 
     Raises:
         ConfigError: what was asked was wrong. LocalError: it cannot be done, or no daemon runs.
     """
+    _check_utf8(body or query or {})
+    whole = f"{path}?{urlencode(query)}" if query else path
     try:
-        return api.call(home, path, "GET" if body is None else "POST", timeout_s, body)
+        return api.call(home, whole, "GET" if body is None else "POST", timeout_s, body)
     except api.RefusedError as error:
         field, colon, problem = error.problem.partition(": ")
         if error.status == 400 and colon:
-            raise ConfigError(field, problem) from error
+            raise ConfigError(NAMES.get(field, field), problem) from error
         raise LocalError(error.problem) from error
+
+
+def _check_utf8(given: Mapping[str, Any]) -> None:
+    """Raises ConfigError: names of files and what is typed may be any bytes, and what is sent is text."""
+    for field, value in given.items():
+        for text in map(str, value if isinstance(value, list) else [value]):
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                problem = f"'{text}' is not UTF-8; rename the file, or set the terminal to UTF-8"
+                raise ConfigError(NAMES.get(field, field), problem) from error
 
 
 def _meanwhile(ask: Callable[[], T], look: Callable[[], None]) -> T:
@@ -482,7 +523,10 @@ def _headline(item: dict[str, Any]) -> str:
 
 def _kind(item: dict[str, Any]) -> str:
     kind = _shown(item["kind"])
-    return kind if item["kind"] == "link" else f"{kind}, {size_text(item['size_bytes'])}"
+    if item["kind"] == "link":
+        return kind
+    metrics = item["details"].get("metrics") if item["kind"] == "model" else None
+    return f"{kind}, {size_text(item['size_bytes'])}" + (f", {_shown(metrics)}" if metrics else "")
 
 
 def _sharers(item: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ class Downloads:
     """The folder of what was got.
 
     open_blob, open_list: a content, or the list of a folder, that is held.
-    check_disk: raises LocalError where a folder's disk has no room for so many bytes.
+    check_disk: raises LocalError where a folder's disk has no room for so many bytes, or the node stops.
     """
 
     def __init__(
@@ -81,6 +81,10 @@ class Downloads:
         """All of it is made ready beside its place and gets its name at once, so that a crash leaves no half of a folder."""
         staging = self._staging(digest)
         self.folder.mkdir(parents=True, exist_ok=True)
+        with (
+            self._tables.change() as db
+        ):  # before that goes which tells that an earlier attempt did not get so far
+            db.execute("UPDATE wants SET placed = NULL WHERE digest = ?", (digest,))
         clear(staging)
         linked = set[bytes]()
         for parts, file in self._files_of(digest, kind):
@@ -107,7 +111,9 @@ class Downloads:
         self._check_disk(blob.size_bytes, self.folder)
         with target.open("xb") as file:
             for index in range(len(blob.chunk_hashes)):
-                file.write(blob.read(index))
+                chunk = blob.read(index)
+                self._check_disk(len(chunk), self.folder)
+                file.write(chunk)
 
     def _settle(self, digest: bytes, kind: Kind, final: Path) -> Path:
         """Serve it from its place, and forget that it was wanted."""

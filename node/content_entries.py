@@ -6,7 +6,6 @@ Nothing here hashes, publishes or keeps.
 
 import mimetypes
 import re
-import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,19 @@ from msgspec.structs import replace
 
 from protocols.entries import Kind, Shared
 from protocols.errors import ConfigError
+from protocols.feeds import DAY_S
 from protocols.terms import item_of_uri
-from protocols.vocabulary import MAX_DETAIL_CHARS, MAX_DETAILS, MAX_ENTRY_BYTES, MAX_TAGS, ContentRef
+from protocols.vocabulary import (
+    BREAKS_LINE,
+    MAX_DETAILS,
+    MAX_ENTRY_BYTES,
+    MAX_TAG_CHARS,
+    MAX_TAGS,
+    MAX_TITLE_CHARS,
+    ContentRef,
+    one_line,
+)
 
-DAY_S = 86_400
-MAX_TITLE_CHARS = 200
-MAX_TAG_CHARS = 40
 UNKNOWN_TYPE = "application/octet-stream"
 FOLDER_TYPE = "inode/directory"
 FILES, TOTAL_BYTES = "files", "total_bytes"
@@ -31,7 +37,6 @@ NAME = "name"
 """Detail of a file or folder whose title is not its name."""
 WEIGHTS = ".safetensors"
 _COMPRESSED = {"gzip": "application/gzip", "bzip2": "application/x-bzip2", "xz": "application/x-xz"}
-_TURNS = frozenset(["LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"])
 _FIELD = re.compile(r"\$\[(\d+)\]")
 _BOUND = re.compile(r"Expected `(?:str|array|object)` of length (<=|>=) (\d+)")
 
@@ -83,19 +88,20 @@ def folder_entry(ref: ContentRef, path: Path, num_files: int, total_bytes: int, 
 
 
 def model_entry(ref: ContentRef, task: str, round_: int, details: Mapping[str, str], day: int) -> Shared:
-    """The entry of a checkpoint. details: beside the task and the round."""
-    known = {"task": task, "round": str(round_), **details}
+    """The entry of a checkpoint. task: all but its name is left out, for it tells of this machine. details: beside task and
+    round."""
+    known = {"task": Path(task).name, "round": str(round_), **details}
     return Shared(
         ref.digest,
         day,
         Kind.MODEL,
-        one_line_of(f"{Path(task).name} model, round {round_}"),
+        one_line(f"{Path(task).name} model, round {round_}", MAX_TITLE_CHARS).strip(),
         "",
         _tags(["model", Path(task).name[:MAX_TAG_CHARS]]),
         UNKNOWN_TYPE,
         ref.size_bytes,
         "",
-        tuple((name, one_line_of(text, MAX_DETAIL_CHARS)) for name, text in known.items() if text),
+        tuple((name, one_line(text).strip()) for name, text in known.items() if text),
     )
 
 
@@ -126,7 +132,7 @@ def check_entry(entry: Shared) -> None:
         ConfigError: the field that no peer would accept.
     """
     for name, text in (("title", entry.title), ("creator", entry.creator), *(("tag", t) for t in entry.tags)):
-        if any(map(_breaks_line, text)):
+        if BREAKS_LINE.search(text):
             raise ConfigError(
                 name, "holds a character that moves the cursor or turns the text", ["text on one line"]
             )
@@ -150,9 +156,9 @@ def _explained(message: str) -> ConfigError:
     if name == "tags" and bound and "[" in message.partition("$[")[2]:
         return ConfigError("tag", "is too long", [f"1 to {MAX_TAG_CHARS} characters"])
     if name == "tags":
-        return ConfigError("tag", "are too many", [f"{MAX_TAGS} at most"])
+        return ConfigError("tags", f"are more than {MAX_TAGS}")
     if name == "details" and bound and int(bound[2]) == MAX_DETAILS:
-        return ConfigError(name, "are too many", [f"{MAX_DETAILS} at most"])
+        return ConfigError(name, f"are more than {MAX_DETAILS}")
     if bound and bound[1] == ">=":
         return ConfigError(name, "must not be empty")
     if bound:
@@ -163,23 +169,16 @@ def _explained(message: str) -> ConfigError:
 
 
 def title_of(path: Path) -> str:
-    """A title out of a file's name, whatever that holds."""
-    return one_line_of(path.name or path.resolve().name) or "untitled"
-
-
-def one_line_of(text: str, limit: int = MAX_TITLE_CHARS) -> str:
-    """Text that goes into any field: what would break the line becomes a blank, and it is cut to length."""
-    return "".join(" " if _breaks_line(char) else char for char in text)[:limit].strip()
-
-
-def _breaks_line(char: str) -> bool:
-    """What `protocols.entries` has no room for on a line: control characters, separators of lines, and what turns the
-    direction of writing; also half characters, which stand for bytes that are no text."""
-    return unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp") or unicodedata.bidirectional(char) in _TURNS
+    """A title out of a file's name, whatever that holds. What is too long is cut before the suffix: others get the file by
+    this name."""
+    name = path if path.name else path.resolve()
+    excess = len(name.name) - MAX_TITLE_CHARS
+    cut = name.stem[:-excess] + name.suffix if 0 < excess < len(name.stem) else name.name
+    return one_line(cut, MAX_TITLE_CHARS).strip() or "untitled"
 
 
 def _tags(tags: Sequence[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(one_line_of(tag, MAX_TAG_CHARS).lower() for tag in tags))
+    return tuple(dict.fromkeys(one_line(tag, MAX_TAG_CHARS).strip().lower() for tag in tags))
 
 
 def name_of(entry: Shared) -> str:

@@ -13,7 +13,8 @@ from node.content_store import ContentStore, Wanted
 from node.telemetry import Telemetry
 from protocols.budget import Budget
 from protocols.content import SEEKS_PER_S
-from protocols.errors import CoveyError, LocalError
+from protocols.entries import Kind
+from protocols.errors import CoveyError, LocalError, PeerError
 from protocols.events import Drop, Event, Get, Hold
 from protocols.vocabulary import ContentRef, Digest, PeerId
 
@@ -26,6 +27,10 @@ RETRY_MAX_S = 1800.0
 """Wait before something is asked for again that nobody had: twice as long each time."""
 LINK_RETRY_S = 1.0
 """The same where a new neighbour may have it, times the tries so far."""
+MEASURE_PAUSE = 10.0
+"""Times as long as a look took, before the next."""
+QUICK_S = 0.05
+"""What takes no longer may be looked at again at once."""
 MAX_ENDED = 64
 """Gets that are over and still told of."""
 
@@ -33,10 +38,11 @@ MAX_ENDED = 64
 class _Getting:
     """An item on its way: the blobs that it still lacks, and how it goes. Touched on the loop only."""
 
-    def __init__(self, wanted: Wanted, hints: tuple[PeerId, ...]) -> None:
+    def __init__(self, wanted: Wanted, hints: tuple[PeerId, ...], may_be_file: bool) -> None:
         self.wanted = wanted
         self.item = Digest(wanted.ref.digest)
         self.hints = hints
+        self.may_be_file = may_be_file
         self.state = "getting"  # or waiting, held, failed
         self.detail = ""
         self.path: Path | None = None
@@ -47,9 +53,11 @@ class _Getting:
         self.gained = False
         """Something has come since the missed ones were last asked for."""
         self.looking = False
-        """A thread finds out what is missing, or puts it in its place."""
+        """A thread finds out what is missing, puts it in its place, or removes what there is of it."""
         self.moved = (0, wanted.ref.size_bytes)
         """Bytes that are here, and all, when somebody asked last."""
+        self.measure_at = 0.0
+        """When to look again how much is here: of a folder of many files that takes long, and somebody asks all the time."""
         self.sources: dict[PeerId, None] = {}
         self.likely: tuple[PeerId, ...] = ()
         """Who brought the last of it, and may have the rest."""
@@ -96,6 +104,7 @@ class Gets:
         self._gets: dict[Digest, _Getting] = {}
         self._asks = Budget(ASK_PER_S)
         self._pause: asyncio.TimerHandle | None = None
+        self._may_place = asyncio.Semaphore(1)
 
     async def rows(self) -> list[dict[str, Any]]:
         """What is under way, and what has just ended."""
@@ -109,12 +118,15 @@ class Gets:
         self._again(getting)
         return await self._facts(getting)
 
-    async def begin(self, wanted: Wanted, hints: tuple[PeerId, ...]) -> dict[str, Any]:
-        """Get an item that the store wants. How it stands.
+    async def begin(self, wanted: Wanted, hints: tuple[PeerId, ...], may_be_file: bool) -> dict[str, Any]:
+        """Get an item that the store wants, unless it is under way. How it stands.
 
-        hints: peers that say that they have it.
+        hints: peers that say that they have it. may_be_file: some say of a folder that it is none.
         """
-        getting = _Getting(wanted, hints)
+        under_way = self._gets.get(Digest(wanted.ref.digest))
+        if under_way is not None and not under_way.ended:  # two must not put it in its place
+            return await self._facts(under_way)
+        getting = _Getting(wanted, hints, may_be_file)
         self._gets.pop(getting.item, None)
         self._gets[getting.item] = getting
         ended = [each for each in self._gets.values() if each.ended]
@@ -140,8 +152,12 @@ class Gets:
         (getting,) = under_way
         if getting.looking:
             raise LocalError("it is being put in its place right now")
-        getting.state, getting.detail, getting.asked = "failed", "cancelled", {}
-        await self._give_up(getting)
+        getting.looking = True
+        try:
+            await self._give_up(getting, "cancelled")
+        finally:
+            getting.looking = False
+        del self._gets[getting.item]
         self._ask_on()
         return await self._facts(getting)
 
@@ -216,6 +232,14 @@ class Gets:
             missing = await asyncio.to_thread(self._store.missing, getting.item)
             # The last is taken first.
             getting.todo.update({Digest(ref.digest): ref for ref in reversed(missing)})
+        except PeerError as error:
+            # Whoever served the list is not who made it up.
+            self._telemetry.refusal(PeerId(""), error.reason, error.detail)
+            if getting.may_be_file:
+                await asyncio.to_thread(self._store.want_as_file, getting.item)
+                getting.wanted, getting.may_be_file = getting.wanted._replace(kind=Kind.FILE), False
+            else:
+                await self._fail(getting, str(error))
         except (CoveyError, OSError, sqlite3.Error) as error:
             await self._fail(getting, str(error))
         else:
@@ -228,7 +252,8 @@ class Gets:
     async def _put_in_place(self, getting: _Getting) -> None:
         try:
             await self._measure(getting)
-            getting.path = await asyncio.to_thread(self._store.place, getting.item, getting.wanted.title)
+            async with self._may_place:  # a copy to another disk takes a thread for long
+                getting.path = await asyncio.to_thread(self._store.place, getting.item, getting.wanted.title)
         except (LocalError, OSError, sqlite3.Error) as error:
             self._wait(getting, str(error))
             return
@@ -257,25 +282,34 @@ class Gets:
     # --- how it ends ------------------------------------------------------------------------------------
     async def _fail(self, getting: _Getting, why: str) -> None:
         """It can never be had, or not be kept here."""
-        getting.state, getting.detail = "failed", why
         self._telemetry.warning(
             "cannot be got", title=getting.wanted.title, item=getting.item.hex(), reason=why
         )
-        await self._give_up(getting)
+        await self._give_up(getting, why)
 
-    async def _give_up(self, getting: _Getting) -> None:
+    async def _give_up(self, getting: _Getting, why: str) -> None:
+        """It has ended when nothing is left of it, and not before: then it may begin anew."""
+        getting.todo, getting.asked, getting.missed = {}, {}, {}
         if getting.retry is not None:
             getting.retry.cancel()
             getting.retry = None
-        for digest in await asyncio.to_thread(self._store.unwant, getting.item):
+        dropped = await asyncio.to_thread(self._store.unwant, getting.item)
+        for digest in dropped:
             self._handle(Drop(digest))
+        # What had come of it is not here any more, unless it is shared too.
+        held = set(await asyncio.to_thread(self._store.digests))
+        self._handle(Hold(tuple(digest for digest in dropped if digest not in held), held=False))
+        getting.state, getting.detail = "failed", why
 
     async def _facts(self, getting: _Getting) -> dict[str, Any]:
-        if not getting.ended:
+        if not getting.ended and self._loop.time() >= getting.measure_at:
             await self._measure(getting)
         return getting.facts()
 
     async def _measure(self, getting: _Getting) -> None:
+        began = self._loop.time()
         moved = await asyncio.to_thread(self._store.progress, getting.item)
+        now = self._loop.time()
+        getting.measure_at = now + MEASURE_PAUSE * max(0.0, now - began - QUICK_S)
         if moved is not None:
             getting.moved = moved

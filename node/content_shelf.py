@@ -6,14 +6,14 @@ Belongs here: reading. It blocks, on the library's and the store's files.
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from node.content_entries import entry_facts
-from node.content_store import ContentStore, Item
+from node.content_entries import entry_facts, name_of
+from node.content_store import ContentStore, Item, Wanted
 from node.library import Library
 from node.library_search import Result
 from node.signatures import peer_of_author
 from protocols.entries import Feed, Kind, Shared
 from protocols.errors import LocalError
-from protocols.vocabulary import Digest, PeerId
+from protocols.vocabulary import ContentRef, Digest, PeerId
 
 MAX_PREFIX_MATCHES = 8
 """Digests that are named where several begin alike."""
@@ -111,6 +111,21 @@ class Shelf:
             raise LocalError(_not_one(prefix, ()))
         return entry
 
+    def wanted(self, entry: Shared) -> list[Wanted]:
+        """What to get of an item: its bytes as its sharers describe them, the likeliest first. Nothing of a link.
+
+        Whether it is a folder its bytes will tell, and what they come to as well.
+        """
+        claims = sorted(
+            (claim for claim in self._library.claims(entry.item) if claim[0] is not Kind.LINK and claim[1]),
+            key=lambda claim: claim[0] is not Kind.FOLDER,
+        )
+        return [Wanted(ContentRef(entry.item, size), kind, name_of(entry)) for kind, size in claims]
+
+    def may_be_file(self, item: bytes) -> bool:
+        """Whether somebody says that it is one, or a model."""
+        return any(kind in (Kind.FILE, Kind.MODEL) for kind, _ in self._library.claims(item))
+
     def hints(self, item: bytes) -> tuple[PeerId, ...]:
         """Those who share it say that they have it."""
         return tuple(peer_of_author(author) for author in self._library.sharers(item) if author != self._me)
@@ -149,9 +164,7 @@ class Shelf:
         }
         found = {**held, **own}
         if len(found) != 1:
-            raise LocalError(
-                f"of what this node shares: {_not_one(prefix, list(found))}; see `covey library`"
-            )
+            raise LocalError(f"of what this node shares: {_not_one(prefix, list(found))}")
         ((item, name),) = found.items()
         entry = self._library.entry(item)
         return item, entry.title if entry is not None else name, item in own
@@ -171,6 +184,6 @@ def _where(held: Item | None) -> dict[str, Any]:
 
 def _not_one(prefix: str, found: Sequence[bytes]) -> str:
     if not found:
-        return f"no item is known whose digest begins with {prefix}"
+        return f"no item is known whose digest begins with {prefix}; `covey library` lists what is"
     some = ", ".join(item.hex()[:16] for item in found[:MAX_PREFIX_MATCHES])
     return f"several items begin with {prefix}: {some}"

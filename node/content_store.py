@@ -9,43 +9,37 @@ before it leaves: a file that has changed is not served.
 """
 
 import os
+import re
 import shutil
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Annotated, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
-from msgspec import Meta, Struct
-
+from node.config import ContentConfig
 from node.content_blobs import GONE, ContentBlob, IncomingContent, open_file, problem_since, stamp_of
-from node.content_downloads import Downloads, clear
+from node.content_downloads import Downloads
 from node.content_tables import ContentTables, Hashed, Origin, path_of
-from node.folders import MAX_LIST_BYTES, Folder, FolderFile, Skipped, find_files, problem_of_file
+from node.folders import (
+    MAX_LIST_BYTES,
+    Folder,
+    FolderFile,
+    Skipped,
+    find_files,
+    holds_key,
+    problem_of_file,
+)
 from node.store import Blob, BlobStore, Incoming, hash_pieces
 from protocols.blob import hash_blob
 from protocols.entries import Kind
 from protocols.errors import LocalError, PeerError
 from protocols.vocabulary import CHUNK_BYTES, ContentRef, Digest, ModelRef, Reason
 
-GIB = 1024**3
 Told = Callable[[int, int], None]
 """Called with the bytes read so far and with all. What it raises ends the reading."""
-
-
-class ContentStoreSettings(Struct, frozen=True, forbid_unknown_fields=True):
-    """How much of other people's content may lie on this disk, and where."""
-
-    downloads: str = ""
-    """The folder for what was got; `downloads` in the home where empty. On the home's own disk nothing needs be copied."""
-    max_item_bytes: Annotated[int, Meta(ge=1)] = 8 * GIB
-    """Of one file, or of all files of a folder. Lower it where nothing large is expected."""
-    max_total_bytes: Annotated[int, Meta(ge=1)] = 64 * GIB
-    """Of all that was got and is still shared from the downloads, with what is on its way."""
-    min_free_bytes: Annotated[int, Meta(ge=0)] = GIB
-    """Of the disk, never to be used."""
 
 
 class Wanted(NamedTuple):
@@ -106,7 +100,7 @@ class ContentStore:
     def __init__(
         self,
         home: Path,
-        settings: ContentStoreSettings,
+        settings: ContentConfig,
         changed: Callable[[Digest, str], None] = lambda digest, problem: None,
     ) -> None:
         self._home = home.resolve()
@@ -114,11 +108,16 @@ class ContentStore:
         self._settings = settings
         self._tell_changed = changed
         self._incoming: dict[Digest, IncomingContent] = {}
-        self._folder.mkdir(exist_ok=True)
+        self._stopping = threading.Event()
+        self._folder.mkdir(mode=0o700, exist_ok=True)
         self._tables = ContentTables(self._home / "content.db", self._folder)
         downloads = Path(settings.downloads or self._home / "downloads").expanduser().resolve()
-        self._downloads = Downloads(downloads, self._tables, self.get, self.listing, self._check_disk)
+        self._downloads = Downloads(downloads, self._tables, self.get, self.listing, self._check_write)
         self._sweep()
+
+    def stop(self) -> None:
+        """Whatever copies a file leaves off, and is begun anew after the next start."""
+        self._stopping.set()
 
     def close(self) -> None:
         """No call comes after this one."""
@@ -132,8 +131,7 @@ class ContentStore:
             LocalError: it cannot be shared, and why.
         """
         path = _absolute(path)
-        self._check_public(path)
-        hashed = self._hash(path, told)
+        hashed = self._hash(path, path.parent, told)
         self._put_own(hashed.digest, Kind.FILE, path, [(path, hashed, "shared")])
         return ContentRef(hashed.digest, hashed.size_bytes)
 
@@ -146,8 +144,8 @@ class ContentStore:
         path = _absolute(path)
         draft = self._folder / f"{threading.get_ident()}.draft"
         try:
-            with draft.open("wb") as file:
-                digest, size_bytes, hashes = hash_pieces(self._written(self._read(path, told), file))
+            with self._opened(path, root=None) as original, draft.open("wb") as file:
+                digest, size_bytes, hashes = hash_pieces(self._written(_read(path, original, told), file))
             copy = draft.replace(self._path(digest))
             hashed = Hashed(digest, size_bytes, stamp_of(copy.lstat()), b"".join(hashes))
         except OSError as error:
@@ -171,8 +169,7 @@ class ContentStore:
         done_bytes = 0
         for parts, file, size_bytes in found:
             try:
-                self._check_public(file)
-                hashed = self._hash(file, lambda done, _: told(done_bytes + done, total_bytes))  # noqa: B023
+                hashed = self._hash(file, path, lambda done, _: told(done_bytes + done, total_bytes))  # noqa: B023
             except UnfitError as error:
                 skipped.append(Skipped(file, error.why))
             else:
@@ -212,47 +209,48 @@ class ContentStore:
         hashed = Hashed(digest, len(data), stamp_of(path.lstat()), b"".join(hashes))
         return ContentRef(digest, len(data)), (path, hashed, "listed")
 
-    def _check_public(self, path: Path) -> None:
-        downloads = self._downloads.folder
-        has_downloads = self._home in downloads.parents
-        if path.is_relative_to(self._home) and not (has_downloads and path.is_relative_to(downloads)):
-            raise UnfitError(path, "is the node's own: its key lies there too")
-
-    def _hash(self, path: Path, told: Told) -> Hashed:
-        """Raises UnfitError."""
-        if problem := problem_of_file(path):
-            raise UnfitError(path, problem)
-        stamp = stamp_of(path.lstat())
-        known = self._tables.row(
-            "SELECT digest, size_bytes, stamp, hashes FROM files WHERE path = ? AND stamp = ? AND NOT changed",
-            os.fsencode(path),
-            stamp,
-        )
-        if known:
-            return Hashed(*known)
-        try:
-            digest, size_bytes, hashes = hash_pieces(self._read(path, told))
-            if stamp_of(path.lstat()) != stamp:
+    def _hash(self, path: Path, root: Path, told: Told) -> Hashed:
+        """root: the folder that is shared, or the one that a shared file lies in. Raises UnfitError."""
+        with self._opened(path, root) as file:
+            stamp = stamp_of(os.fstat(file.fileno()))
+            known = self._tables.row(
+                "SELECT digest, size_bytes, stamp, hashes FROM files WHERE path = ? AND stamp = ? AND NOT changed",
+                os.fsencode(path),
+                stamp,
+            )
+            if known:
+                return Hashed(*known)
+            digest, size_bytes, hashes = hash_pieces(_read(path, file, told))
+            if stamp_of(os.fstat(file.fileno())) != stamp:
                 raise UnfitError(path, "was changed while it was read; share it when it is at rest")
-        except OSError as error:
-            raise UnfitError(path, f"cannot be read: {error.strerror or error}") from error
         return Hashed(digest, size_bytes, stamp, b"".join(hashes))
 
-    def _read(self, path: Path, told: Told) -> Iterator[bytes]:
-        if problem := problem_of_file(path):
-            raise UnfitError(path, problem)
-        with open_file(path) as file:
-            size_bytes, done = os.fstat(file.fileno()).st_size, 0
-            while chunk := file.read(CHUNK_BYTES):
-                done += len(chunk)
-                if done > size_bytes:
-                    raise UnfitError(path, "grew while it was read; share it when it is at rest")
-                yield chunk
-                told(done, size_bytes)
+    @contextmanager
+    def _opened(self, path: Path, root: Path | None) -> Iterator[BinaryIO]:
+        """A file that can be shared; with a `root`, and may be: no folder from there on is a node's home. Raises UnfitError."""
+        downloads = self._downloads.folder
+        is_download = self._home in downloads.parents and path.is_relative_to(downloads)
+
+        def enter(folder: int, depth: int) -> None:
+            # Told by the key and not by the path: a home may be moved while another file is read.
+            if root is not None and depth >= len(root.parts) and holds_key(folder):
+                raise UnfitError(path, _PRIVATE)
+
+        try:
+            if root is not None and not is_download and path.is_relative_to(self._home):
+                raise UnfitError(path, _PRIVATE)
+            if problem := problem_of_file(path.lstat()):
+                raise UnfitError(path, problem)
+            with open_file(path, enter) as file:
+                if problem := problem_of_file(os.fstat(file.fileno())):
+                    raise UnfitError(path, problem)
+                yield file
+        except OSError as error:
+            raise UnfitError(path, f"cannot be read: {error.strerror or error}") from error
 
     def _written(self, pieces: Iterable[bytes], file: BinaryIO) -> Iterator[bytes]:
         for piece in pieces:
-            self._check_disk(len(piece))
+            self._check_write(len(piece))
             file.write(piece)
             yield piece
 
@@ -374,6 +372,11 @@ class ContentStore:
             db.execute("INSERT INTO wants VALUES (?, ?, ?, ?, NULL)", (digest, ref.size_bytes, kind, title))
             db.execute("INSERT INTO parts VALUES (?, ?, ?, 1)", (digest, digest, ref.size_bytes))
 
+    def want_as_file(self, digest: bytes) -> None:
+        """What was wanted as a folder is none."""
+        with self._tables.change() as db:
+            db.execute("UPDATE wants SET kind = ? WHERE digest = ?", (Kind.FILE, digest))
+
     def wanted(self) -> tuple[Wanted, ...]:
         """All that is to be got, in the order in which it was asked for."""
         rows = self._tables.rows("SELECT digest, size_bytes, kind, title FROM wants ORDER BY rowid")
@@ -472,25 +475,42 @@ class ContentStore:
     def incoming(self, ref: ContentRef) -> IncomingContent:
         """Begin to take in something wanted, or a file of it, or go on where an earlier attempt broke off.
 
+        ref: its size may turn out to be another; what is told of it here is what is known by now.
+
         Raises:
-            LocalError: nobody here wants it, or wants it with this size; or the disk is full.
+            LocalError: nobody here wants it, or it is on its way with another size; or the disk is full.
         """
         digest = Digest(ref.digest)
         with self._tables.change():  # nobody gives it up in between
-            if not self._tables.row(
-                "SELECT 1 FROM parts WHERE digest = ? AND size_bytes = ?", digest, ref.size_bytes
-            ):
+            sizes = self._tables.rows("SELECT size_bytes FROM parts WHERE digest = ?", digest)
+            if not sizes:
                 raise LocalError(f"content {digest.hex()[:12]} is not wanted any more")
+            if (ref.size_bytes,) not in sizes:
+                ref = ContentRef(digest, sizes[0][0])
             found = self._incoming.get(digest)
             if found is not None and found.ref != ref and (found.busy or found.chunk_hashes):
                 raise LocalError(f"it is on its way with {found.ref.size_bytes} bytes, not {ref.size_bytes}")
             if found is None or found.ref != ref:
-                self._check_disk(CHUNK_BYTES)
+                self.check_disk(CHUNK_BYTES)
                 found = self._incoming[digest] = self._incoming_of(ref)
             return found
 
     def _incoming_of(self, ref: ContentRef) -> IncomingContent:
-        return IncomingContent(self._part(ref.digest), ref, self._check_disk)
+        resize = partial(self._resize, Digest(ref.digest))
+        return IncomingContent(self._part(ref.digest), ref, self.check_disk, resize)
+
+    def _resize(self, digest: Digest, size_bytes: int) -> None:
+        """Its bytes prove another size than whoever shares it, or a folder with it, has told. Raises LocalError."""
+        with self._tables.change() as db:
+            db.execute("UPDATE parts SET size_bytes = ? WHERE digest = ?", (size_bytes, digest))
+            db.execute("UPDATE wants SET size_bytes = ? WHERE digest = ?", (size_bytes, digest))
+            for (total,) in self._tables.rows(
+                "SELECT sum(size_bytes * copies) FROM parts WHERE root IN (SELECT root FROM parts WHERE digest = ?) "
+                "GROUP BY root",
+                digest,
+            ):
+                self._check_item(total)
+            self._check_room(0)
 
     def admit(self, incoming: Incoming) -> None:
         """What has come whole is held and served from now on. Every chunk of it was checked.
@@ -550,11 +570,21 @@ class ContentStore:
                 f"it has {size_bytes} bytes, and {used} of {allowed} are used; remove downloads, "
                 "give up what is wanted, or raise content.max_total_bytes"
             )
-        self._check_disk(size_bytes)
+        self.check_disk(size_bytes)
         if self._downloads.folder.exists():
-            self._check_disk(size_bytes, self._downloads.folder)
+            self.check_disk(size_bytes, self._downloads.folder)
 
-    def _check_disk(self, size_bytes: int, folder: Path | None = None) -> None:
+    def _check_write(self, size_bytes: int, folder: Path | None = None) -> None:
+        if self._stopping.is_set():
+            raise LocalError("the node stops")
+        self.check_disk(size_bytes, folder)
+
+    def check_disk(self, size_bytes: int, folder: Path | None = None) -> None:
+        """Whether so much may be written, into the home where no folder is named.
+
+        Raises:
+            LocalError: no.
+        """
         folder = folder or self._folder
         free, keep = shutil.disk_usage(folder).free, self._settings.min_free_bytes
         if free - size_bytes < keep:
@@ -580,8 +610,8 @@ class ContentStore:
             part = self._part(digest)
             known |= {part.name, part.with_suffix(".header").name}
         for path in self._folder.iterdir():
-            if path.name not in known:
-                clear(path)
+            if path.name not in known and _OWN_NAME.fullmatch(path.name):  # nobody else's
+                path.unlink(missing_ok=True)
 
 
 class Holdings:
@@ -616,6 +646,20 @@ class Holdings:
         """
         store = self._models if isinstance(incoming.ref, ModelRef) else self._contents
         store.admit(incoming)
+
+
+_OWN_NAME = re.compile(r"[0-9a-f]{64}(\.part|\.header|\.draft)?|[0-9]+\.draft")
+_PRIVATE = "is a node's own: its key lies there too"
+
+
+def _read(path: Path, file: BinaryIO, told: Told) -> Iterator[bytes]:
+    size_bytes, done = os.fstat(file.fileno()).st_size, 0
+    while chunk := file.read(CHUNK_BYTES):
+        done += len(chunk)
+        if done > size_bytes:
+            raise UnfitError(path, "grew while it was read; share it when it is at rest")
+        yield chunk
+        told(done, size_bytes)
 
 
 def _absolute(path: Path) -> Path:

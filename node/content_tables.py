@@ -34,6 +34,7 @@ class Hashed(NamedTuple):
 class ContentTables:
     """The rows, for any thread.
 
+    path: made so that only its owner may read it, for it tells what was got, and where what is shared lies.
     own: the folder of the files that are the store's own.
 
     Raises:
@@ -45,11 +46,12 @@ class ContentTables:
         self._lock = threading.RLock()
         self._depth = 0
         try:
+            path.touch(mode=0o600)
             self._db = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = NORMAL")
             self._db.executescript(_TABLES)
-        except sqlite3.Error as error:
+        except (OSError, sqlite3.Error) as error:
             raise LocalError(
                 f"{path} is damaged ({error}); move it away and share your files again"
             ) from error

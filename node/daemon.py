@@ -18,7 +18,7 @@ from node.config import Config
 from node.content import ContentService
 from node.content_api import content_routes
 from node.content_sharing import ModelSource
-from node.content_store import ContentStore, ContentStoreSettings, Holdings
+from node.content_store import ContentStore, Holdings
 from node.core import NodeCore
 from node.discovery import Discovery
 from node.driver import Driver, Perform
@@ -26,7 +26,7 @@ from node.identity import KEY_FILE, key_seed, load_key, peer_id_of
 from node.invitation import load_admission
 from node.libp2p_network import Libp2pNetwork
 from node.libp2p_transfer import Blobs
-from node.library import Library, LibrarySettings
+from node.library import Library
 from node.manners import Manners, device_manners, lower_priority, may_move
 from node.ports import MonotonicClock
 from node.scalar_store import ScalarStore
@@ -371,20 +371,13 @@ class Daemon:
             self._home,
             me,
             network,
-            LibrarySettings(
-                settings.ranker, settings.isolation, settings.top_terms, settings.position_weights
-            ),
+            settings,
             warning,
         )
         stack.callback(library.close)
         store = ContentStore(
             self._home,
-            ContentStoreSettings(
-                settings.downloads or "",
-                settings.max_item_bytes,
-                settings.max_total_bytes,
-                settings.min_free_bytes,
-            ),
+            settings,
             lambda digest, problem: service.on_changed(digest, problem),
         )
         stack.callback(store.close)

@@ -19,7 +19,7 @@ _NETWORK: _Lines = {
     ("network", "bootstrap"): ((), 'peers to ask first: "/ip4/…/tcp/…/p2p/<peer id>"'),
 }
 _GOSSIP: _Lines = {
-    ("learning", "protocol"): ("gossip", '"none": only help others find each other'),
+    ("learning", "protocol"): ("gossip", '"none": learn nothing; introduce others, and share files'),
     ("learning", "rule"): (("mean", "variance.corrected"), "how received models are merged, in order"),
     ("learning", "rounds"): (0, "0: for ever"),
     ("task", "name"): ("digits", 'a built-in, or "my_task.py:make_task" beside this file'),

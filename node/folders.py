@@ -17,8 +17,9 @@ from typing import Annotated, NamedTuple
 import msgspec
 from msgspec import Meta, Struct
 
+from node.identity import KEY_FILE
 from protocols.errors import LocalError, PeerError
-from protocols.vocabulary import MAX_CONTENT_BYTES, Reason, WireDigest
+from protocols.vocabulary import BREAKS_LINE, MAX_CONTENT_BYTES, Reason, WireDigest
 
 MAX_FILES = 100_000
 MAX_SUBFOLDERS = 100_000
@@ -36,8 +37,9 @@ MAX_SAFE_NAME_BYTES = 200
 _DEVICES = {"CON", "PRN", "AUX", "NUL", "CONIN$", "CONOUT$"} | {
     f"{device}{number}" for device in ("COM", "LPT") for number in "0123456789¹²³"
 }
-_OVERRIDES = frozenset(["LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"])
-_ODD_IN_NAMES = re.compile(r'[/\\:<>"|?*]')
+_HOSTILE = re.compile(rf"[/\\:]|{BREAKS_LINE.pattern}")
+"""Separators and drive letters; control characters, and those that turn the order of what is shown; half characters."""
+_ODD = re.compile(rf'[<>"|?*]|{_HOSTILE.pattern}')
 _Name = Annotated[str, Meta(min_length=1, max_length=MAX_NAME_BYTES)]
 _encoder = msgspec.msgpack.Encoder()
 
@@ -145,7 +147,7 @@ def problem_of_name(name: str) -> str | None:
     """Why a file or folder may not be called so, if it may not."""
     if not name or name in (".", ".."):
         return "is none"
-    if any(map(_is_hostile, name)):
+    if _HOSTILE.search(name):
         return "holds a character that no name should"
     if len(name.encode()) > MAX_NAME_BYTES:
         return f"is longer than {MAX_NAME_BYTES} bytes"
@@ -156,15 +158,6 @@ def problem_of_name(name: str) -> str | None:
     return None
 
 
-def _is_hostile(char: str) -> bool:
-    """Separators and drive letters; control characters, and those that turn the order of what is shown; half characters."""
-    return (
-        char in "/\\:"
-        or unicodedata.category(char) in ("Cc", "Cs", "Zl", "Zp")
-        or unicodedata.bidirectional(char) in _OVERRIDES
-    )
-
-
 def _folded(name: str) -> str:
     """Equal for names that some file system takes for one."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFD", name).casefold())
@@ -172,8 +165,7 @@ def _folded(name: str) -> str:
 
 def safe_name(title: str) -> str:
     """A title as the name of a file or folder: visible, harmless on any usual file system, and never empty."""
-    clean = "".join("_" if _is_hostile(char) else char for char in _ODD_IN_NAMES.sub("_", title))
-    clean = " ".join(unicodedata.normalize("NFC", clean).split()).strip(". ")
+    clean = " ".join(unicodedata.normalize("NFC", _ODD.sub("_", title)).split()).strip(". ")
     clean = _shortened(clean)
     if clean.split(".")[0].rstrip().upper() in _DEVICES:
         clean = f"_{clean}"
@@ -223,7 +215,12 @@ def find_files(root: Path) -> tuple[list[FoundFile], list[Skipped]]:
     skipped: list[Skipped] = []
     names = Names()
     for parts, path in _walk(root, (), skipped):
-        problem = problem_of_file(path) or names.add(parts)
+        try:
+            at = path.lstat()
+        except OSError as error:
+            skipped.append(Skipped(path, f"cannot be read: {error.strerror}"))
+            continue
+        problem = problem_of_file(at) or names.add(parts)
         if problem:
             skipped.append(Skipped(path, problem))
         elif len(found) == MAX_FILES:
@@ -231,15 +228,30 @@ def find_files(root: Path) -> tuple[list[FoundFile], list[Skipped]]:
                 f"{root} holds more than {MAX_FILES} files; share its folders one by one, or an archive"
             )
         else:
-            found.append(FoundFile(parts, path, path.lstat().st_size))
+            found.append(FoundFile(parts, path, at.st_size))
     return sorted(found), skipped
+
+
+def holds_key(folder: Path | int) -> bool:
+    """Whether this is the home of a node, which nobody but that node should read. folder: a path, or a descriptor."""
+    try:
+        if isinstance(folder, int):
+            os.stat(KEY_FILE, dir_fd=folder, follow_symlinks=False)
+        else:
+            (folder / KEY_FILE).lstat()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _walk(
     folder: Path, above: tuple[str, ...], skipped: list[Skipped]
 ) -> Iterator[tuple[tuple[str, ...], Path]]:
-    """Everything in a directory that is neither hidden nor a directory itself, in order."""
+    """Everything in a directory that is neither hidden nor a directory itself, in order; nothing of a node's home."""
     try:
+        if holds_key(folder):
+            skipped.append(Skipped(folder, "is the home of a node: its key lies there"))
+            return
         with os.scandir(folder) as listed:
             entries = sorted(listed, key=lambda entry: entry.name)
     except OSError as error:
@@ -257,12 +269,8 @@ def _walk(
             yield from _walk(path, parts, skipped)
 
 
-def problem_of_file(path: Path) -> str | None:
-    """Why what lies here cannot be shared as a file, if it cannot."""
-    try:
-        found = path.lstat()
-    except OSError as error:
-        return f"cannot be read: {error.strerror}"
+def problem_of_file(found: os.stat_result) -> str | None:
+    """Why what was found cannot be shared as a file, if it cannot."""
     if stat.S_ISLNK(found.st_mode):
         return "is a symbolic link; share what it points to"
     if stat.S_ISDIR(found.st_mode):

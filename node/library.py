@@ -17,13 +17,14 @@ from typing import Self
 import msgspec
 from msgspec import Struct
 
-from aggregation.ranking import DEFAULT_ISOLATION, RANKERS
+from aggregation.ranking import RANKERS
 from node import library_catalogue, library_clicks, library_feeds
+from node.config import ContentConfig
 from node.library_catalogue import Catalogue
 from node.library_clicks import ClickTables, OwnClick
 from node.library_feeds import FeedTables, transaction
 from node.library_search import Result, search
-from protocols.entries import Feed, Head, Shared
+from protocols.entries import Feed, Head, Kind, Shared
 from protocols.errors import ConfigError, LocalError
 from protocols.events import KeepEntries, Recall, Recalled
 from protocols.terms import query_terms
@@ -36,18 +37,6 @@ WAL_PAGES = 4096
 """Pages are put in their places this many at a time: of entries by many authors most go to places of their own."""
 MAX_FOUND = 32
 """Items named for the beginning of a digest."""
-
-
-class LibrarySettings(Struct, frozen=True):
-    """How searches rank. See `aggregation/ranking.py`.
-
-    isolation: the paper's F. top_terms: its K. by_position: whether a click far down counts more.
-    """
-
-    ranker: str = "g-rank"
-    isolation: float = DEFAULT_ISOLATION
-    top_terms: int = 10
-    by_position: bool = False
 
 
 class Counts(Struct, frozen=True):
@@ -79,26 +68,26 @@ class Library:
         home: Path,
         me: bytes,
         network: str,
-        settings: LibrarySettings | None = None,
+        settings: ContentConfig | None = None,
         warn: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._path = home / DATABASE
         self._me = me
-        self._settings = settings or LibrarySettings()
+        self._settings = settings or ContentConfig()
         self._lock = threading.RLock()
         self._db = _opened(self._path)
         try:
             with self._whole():
-                self._feeds = FeedTables(self._db)
+                self._feeds = FeedTables(self._db, me)
                 self._clicks = ClickTables(
                     self._db,
                     me,
                     network,
                     top_terms=self._settings.top_terms,
-                    by_position=self._settings.by_position,
+                    by_position=self._settings.position_weights,
                     warn=warn,
                 )
-                self._catalogue = Catalogue(self._db, self._clicks.log.item_index)
+                self._catalogue = Catalogue(self._db, self._clicks.log)
         except BaseException:
             self._db.close()
             raise
@@ -124,7 +113,7 @@ class Library:
             return tuple((feed, self._feeds.heads(feed)) for feed in Feed)
 
     def keep(self, effect: KeepEntries) -> None:
-        """See `protocols.events.KeepEntries`. All of it or, where the disk refuses, nothing."""
+        """See `protocols.events.KeepEntries`. All of it or nothing: where the disk refuses, or has refused what came before."""
         own = self._me in {batch.author for batch in effect.batches} | {cut.author for cut in effect.cuts}
         with self._whole():
             self._db.execute(f"PRAGMA synchronous = {'FULL' if own else 'NORMAL'}")
@@ -132,6 +121,7 @@ class Library:
                 changes = self._feeds.keep(effect)
                 self._catalogue.take(changes)
                 self._clicks.mark(changes)
+            self._catalogue.settle()
             self._clicks.take(changes)
             self._clicks.save_if_due()
 
@@ -184,10 +174,15 @@ class Library:
 
     # --- what is held -----------------------------------------------------------------------------------
     def entry(self, item: bytes) -> Shared | None:
-        """The item as to be shown: as this node shares it, or else the newest of what its sharers say."""
+        """The item as to be shown: as this node shares it, or else as most do, and of those the newest."""
         with self._whole():
             shares = self._catalogue.shares(item, first=self._me)
         return shares[0].entry if shares else None
+
+    def claims(self, item: bytes) -> list[tuple[Kind, int]]:
+        """Which kinds and sizes in bytes its sharers say that an item has, what most say first."""
+        with self._whole():
+            return self._catalogue.claims(item)
 
     def sharers(self, item: bytes) -> list[bytes]:
         """The keys of who shares an item, those of `entry` first."""

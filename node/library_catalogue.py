@@ -6,21 +6,22 @@ quoted strings of FTS5.
 """
 
 import sqlite3
-from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections import Counter, OrderedDict
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from aggregation.click_log import ClickLog
 from node.library_feeds import Changes, Place, decode_entry
-from protocols.entries import Shared, Withdrawn
+from protocols.entries import Kind, Shared, Withdrawn
 from protocols.terms import tokens
 from protocols.vocabulary import Digest
 
 TABLES = """
 CREATE TABLE IF NOT EXISTS shares (id INTEGER PRIMARY KEY, item BLOB NOT NULL, feed INTEGER NOT NULL, seq INTEGER NOT NULL,
-    day INTEGER NOT NULL, UNIQUE (item, feed));
+    day INTEGER NOT NULL, kind TEXT NOT NULL, size_bytes INTEGER NOT NULL, UNIQUE (item, feed));
 CREATE INDEX IF NOT EXISTS shares_by_feed ON shares (feed, seq);
 CREATE TABLE IF NOT EXISTS free_shares (id INTEGER PRIMARY KEY);
 CREATE VIRTUAL TABLE IF NOT EXISTS texts USING fts5 (text, tokenize = 'ascii');
@@ -32,6 +33,9 @@ MAX_CACHED = 4_000_000
 """Items in the cached answers for single words, all together."""
 MAX_SHARES = 64
 """Sharers of one item that are told of: nobody fetches from more."""
+
+MAX_CLAIMS = 16
+"""Kinds and sizes of one item that are told of: more than one is a lie in any case."""
 
 Indices = NDArray[np.int64]
 
@@ -48,12 +52,16 @@ class Catalogue:
     """Shares by item and by word.
 
     Args:
-        item_index: an item's number in the click log, which is what is found is told by.
+        log: whose numbers of items tell what is found.
     """
 
-    def __init__(self, db: sqlite3.Connection, item_index: Callable[[bytes], int]) -> None:
+    def __init__(self, db: sqlite3.Connection, log: ClickLog) -> None:
         self._db = db
-        self._item_index = item_index
+        self._log = log
+        self._added: list[tuple[int, bytes]] = []
+        """New shares and their items, which get their numbers when all is on the disk."""
+        self._removed: list[bytes] = []
+        """Items of shares that are gone, which lose theirs then."""
         self._found: OrderedDict[str, Indices] = OrderedDict()
         self._num_cached = 0
         rows = db.execute("SELECT id, item FROM shares ORDER BY id").fetchall()
@@ -63,11 +71,12 @@ class Catalogue:
         self._item_of_share = np.zeros(len(rows) + num_free + 1, np.int64)
         if rows:
             ids = np.fromiter((row[0] for row in rows), np.int64, len(rows))
-            self._item_of_share[ids] = [item_index(row[1]) for row in rows]
+            self._item_of_share[ids] = [log.item_index(row[1]) for row in rows]
 
     # --- changes ----------------------------------------------------------------------------------------
     def take(self, changes: Changes) -> None:
         """To be called in the transaction that keeps the entries."""
+        self._removed, self._added = [], []
         for place, entry in changes.gone.items():
             if isinstance(entry, Shared):
                 self._remove(place, entry.item, only_at=place.seq)
@@ -77,16 +86,25 @@ class Catalogue:
             if isinstance(entry, Shared):
                 self._add(place, entry)
 
+    def settle(self) -> None:
+        """To be called after that transaction."""
+        for share, item in self._added:
+            if share >= len(self._item_of_share):
+                self._item_of_share = np.concatenate([self._item_of_share, np.zeros(share + 1, np.int64)])
+            self._item_of_share[share] = self._log.item_index(item)
+        for item in self._removed:
+            self._log.release(item)
+        self._removed, self._added = [], []
+
     def _add(self, place: Place, entry: Shared) -> None:
         words = words_of(entry)
         share = self._number()
         self._db.execute(
-            "INSERT INTO shares VALUES (?, ?, ?, ?, ?)", (share, entry.item, place.feed, place.seq, entry.day)
+            "INSERT INTO shares VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (share, entry.item, place.feed, place.seq, entry.day, entry.kind, entry.size_bytes),
         )
         self._db.execute("INSERT INTO texts (rowid, text) VALUES (?, ?)", (share, " ".join(words)))
-        if share >= len(self._item_of_share):
-            self._item_of_share = np.concatenate([self._item_of_share, np.zeros(share + 1, np.int64)])
-        self._item_of_share[share] = self._item_index(entry.item)
+        self._added.append((share, entry.item))
         self._uncache(words)
 
     def _number(self) -> int:
@@ -107,6 +125,7 @@ class Catalogue:
         self._db.execute("DELETE FROM texts WHERE rowid = ?", (row[0],))
         self._db.execute("DELETE FROM shares WHERE id = ?", (row[0],))
         self._db.execute("INSERT INTO free_shares VALUES (?)", (row[0],))
+        self._removed.append(item)
         self._uncache(row[2].split(" "))
 
     # --- by word ----------------------------------------------------------------------------------------
@@ -157,9 +176,27 @@ class Catalogue:
 
     # --- by item ----------------------------------------------------------------------------------------
     def shares(self, item: bytes, *, first: bytes = b"") -> list[Share]:
-        """The item as its sharers describe it: author `first`, then the newest, at most `MAX_SHARES`."""
-        rows = self._db.execute(_SHARES, {"item": item, "first": first, "limit": MAX_SHARES})
-        return [_share(*row) for row in rows]
+        """The item as its sharers describe it: author `first`, then those of the kind and size that most say it has, then the
+        newest; at most `MAX_SHARES`. One who speaks last cannot make something else of it for everybody."""
+        found = list(map(_Row._make, self._db.execute(_SHARES, (item,))))
+        alike = Counter((row.kind, row.size_bytes) for row in found)
+        found.sort(
+            key=lambda row: (row.author != first, -alike[row.kind, row.size_bytes], -row.day, row.author)
+        )
+        # The long texts are read of those alone that are told of: thousands may share one item.
+        return [self._share(row) for row in found[:MAX_SHARES]]
+
+    def _share(self, row: "_Row") -> Share:
+        body, text = self._db.execute(_TEXTS, (row.feed, row.seq, row.id)).fetchone()
+        entry = decode_entry(body)
+        assert isinstance(entry, Shared)
+        return Share(row.author, entry, frozenset(text.split(" ")))
+
+    def claims(self, item: bytes) -> list[tuple[Kind, int]]:
+        """Which kinds and sizes in bytes its sharers say that an item has, what most say first; at most `MAX_CLAIMS`."""
+        return [
+            (Kind(kind), size_bytes) for kind, size_bytes in self._db.execute(_CLAIMS, (item, MAX_CLAIMS))
+        ]
 
     def items(self, author: bytes | None, limit: int, offset: int) -> list[Digest]:
         """Items that an author shares, the last said first; or all, by the day on which somebody last said so."""
@@ -198,19 +235,29 @@ def _quoted(word: str) -> str:
     return '"' + word.replace('"', '""') + '"'
 
 
-def _share(author: bytes, body: bytes, text: str) -> Share:
-    entry = decode_entry(body)
-    assert isinstance(entry, Shared)
-    return Share(author, entry, frozenset(text.split(" ")))
+class _Row(NamedTuple):
+    """Of a share, but for its texts."""
+
+    author: bytes
+    kind: str
+    size_bytes: int
+    day: int
+    feed: int
+    seq: int
+    id: int
 
 
 _LAST = "\U0010ffff"
 """Comes after whatever else a word goes on with."""
 _SHARES = """
-SELECT feeds.author, entries.body, texts.text FROM shares JOIN feeds ON feeds.id = shares.feed
-JOIN entries ON entries.feed = shares.feed AND entries.seq = shares.seq
-JOIN texts ON texts.rowid = shares.id
-WHERE shares.item = :item ORDER BY feeds.author = :first DESC, shares.day DESC, feeds.author LIMIT :limit
+SELECT author, kind, size_bytes, shares.day, shares.feed, seq, shares.id FROM shares JOIN feeds ON feeds.id = shares.feed
+WHERE item = ?
+"""
+_TEXTS = (
+    "SELECT body, text FROM entries, texts WHERE entries.feed = ? AND entries.seq = ? AND texts.rowid = ?"
+)
+_CLAIMS = """
+SELECT kind, size_bytes FROM shares WHERE item = ? GROUP BY kind, size_bytes ORDER BY count(*) DESC, max(day) DESC LIMIT ?
 """
 _ITEMS = "SELECT item FROM shares GROUP BY item ORDER BY max(day) DESC, item LIMIT :limit OFFSET :offset"
 _ITEMS_OF = """

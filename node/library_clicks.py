@@ -33,6 +33,8 @@ it are gone."""
 MIN_CLICKS_PER_SNAPSHOT = 50_000
 SNAPSHOT_SHARE = 0.1
 """Of a large log so much has to be new for the next snapshot, which takes time with its size."""
+MAX_RANK = 100
+"""Nobody looks further down; whoever says so counts no more for it."""
 MAX_CACHED_TERMS = 100_000
 
 _decode_terms = msgspec.msgpack.Decoder(tuple[str, ...]).decode
@@ -104,7 +106,7 @@ class ClickTables:
         self._num_new += 1
 
     def _weight(self, rank: int) -> float:
-        return position_weight(rank) if self._by_position else 1.0
+        return position_weight(min(rank, MAX_RANK)) if self._by_position else 1.0
 
     # --- own clicks -------------------------------------------------------------------------------------
     def click(self, click: OwnClick) -> None:
@@ -151,7 +153,7 @@ class ClickTables:
     def save(self) -> None:
         """Keep the log as it is now."""
         rows = []
-        for name, array in self.log.to_arrays().items():
+        for name, array in self.log.to_arrays(all_items=False).items():
             file = io.BytesIO()
             np.save(file, array, allow_pickle=False)
             rows.append((name, file.getbuffer(), zlib.crc32(file.getbuffer())))

@@ -1,8 +1,8 @@
 """The feeds' entries on the disk, as `protocols/feeds.py` decides: made durable, cut, and brought back for peers.
 
 Over the library's connection, inside its transactions. What the core says is obeyed, not judged: signatures, days and
-windows are its business. Two things are forgiven, since one effect may hold much of one author: entries that are held
-already are passed over, and a batch that does not go on where the feed ends replaces what was held.
+windows are its business. Entries of others that are held already are passed over. What does not go on where the feed ends is
+refused: the disk has lost what the core gave before, and the core has to read where the feeds stand.
 """
 
 import sqlite3
@@ -12,6 +12,7 @@ from typing import NamedTuple
 import msgspec
 
 from protocols.entries import Batch, Cut, Entry, Feed, Head, Want
+from protocols.errors import LocalError
 from protocols.events import KeepEntries, Recall
 from protocols.feeds import BATCH_OVERHEAD_BYTES, START, chain_after
 from protocols.vocabulary import MAX_BATCH_BYTES, MAX_ENTRIES_PER_BATCH
@@ -64,13 +65,16 @@ class _Stand:
 class FeedTables:
     """The entries of all authors, by feed, author and number."""
 
-    def __init__(self, db: sqlite3.Connection) -> None:
+    def __init__(self, db: sqlite3.Connection, me: bytes) -> None:
         self._db = db
+        self._me = me
+        self._ids: dict[bytes, int] = {}
+        """Of authors whose feed begins anew in one effect: they keep their place among all."""
 
     def heads(self, feed: Feed) -> tuple[Head, ...]:
-        """Where each author's feed stands, by author."""
+        """Where each author's feed stands, in the order in which they were first heard of."""
         rows = self._db.execute(
-            "SELECT author, epoch, first, last, chain, day, void FROM feeds WHERE feed = ? ORDER BY author",
+            "SELECT author, epoch, first, last, chain, day, void FROM feeds WHERE feed = ? ORDER BY id",
             (feed,),
         )
         return tuple(
@@ -90,8 +94,13 @@ class FeedTables:
 
     # --- keep -------------------------------------------------------------------------------------------
     def keep(self, effect: KeepEntries) -> Changes:
-        """See `protocols.events.KeepEntries`. To be called in a transaction."""
+        """See `protocols.events.KeepEntries`. To be called in a transaction.
+
+        Raises:
+            LocalError: a batch does not go on where its author's feed ends.
+        """
         changes = Changes({}, {})
+        self._ids = {}
         for cut in effect.cuts:
             self._cut(effect.feed, cut, changes)
         for batch in effect.batches:
@@ -112,8 +121,8 @@ class FeedTables:
     def _begin(self, feed: Feed, author: bytes, epoch: int, first: int, prior: bytes) -> _Stand:
         """An author that nothing is held of; the next entry is `first`."""
         added = self._db.execute(
-            "INSERT INTO feeds (feed, author, epoch, first, last, prior, chain, day, void) VALUES (?, ?, ?, ?, ?, ?, ?, 0, 0)",
-            (feed, author, epoch, first, first - 1, prior, prior),
+            "INSERT INTO feeds VALUES (?, ?, ?, ?, ?, ?, ?, ?, 0, 0)",
+            (self._ids.pop(author, None), feed, author, epoch, first, first - 1, prior, prior),
         )
         assert added.lastrowid is not None
         return _Stand((added.lastrowid, epoch, first, first - 1, prior, prior, 0, 0))
@@ -145,6 +154,7 @@ class FeedTables:
         """Forget the author altogether."""
         self._delete(stand, author, stand.last, changes)
         self._db.execute("DELETE FROM feeds WHERE id = ?", (stand.id,))
+        self._ids[author] = stand.id
 
     def _shorten(self, stand: _Stand, cut: Cut, changes: Changes) -> None:
         prior = self._chain(stand.id, cut.first - 1)
@@ -164,21 +174,24 @@ class FeedTables:
 
     def _append(self, feed: Feed, batch: Batch, changes: Changes) -> None:
         stand = self._stand(feed, batch.author)
-        if (
-            stand is not None
-            and batch.epoch >= stand.epoch
-            and not (stand.void and batch.epoch == stand.epoch)
-        ):
-            if batch.epoch > stand.epoch or batch.first > stand.last + 1:
-                self._drop(stand, batch.author, changes)
-                stand = None
-        elif stand is not None:
+        if stand is not None and batch.epoch > stand.epoch:
+            self._drop(stand, batch.author, changes)
+            stand = None
+        if stand is not None and (batch.epoch < stand.epoch or stand.void):
             return
+        if stand is not None and not self._goes_on(stand, batch):
+            raise LocalError(f"entries up to {batch.first - 1} are not held; an earlier write has failed")
         if stand is None:
             stand = self._begin(feed, batch.author, batch.epoch, batch.first, batch.prior)
         new = batch.entries[stand.last + 1 - batch.first :]
         if new:
             self._insert(stand, batch, new, changes)
+
+    def _goes_on(self, stand: _Stand, batch: Batch) -> bool:
+        """Of one's own nothing may be passed over: it would be taken for kept."""
+        if batch.first == stand.last + 1:
+            return batch.prior == stand.chain
+        return batch.first <= stand.last and batch.author != self._me
 
     def _insert(self, stand: _Stand, batch: Batch, new: tuple[Entry, ...], changes: Changes) -> None:
         rows, chain = [], stand.chain

@@ -112,7 +112,9 @@ def _described(
     catalogue: Catalogue, clicks: ClickTables, ranked: Results, limit: int
 ) -> list[tuple[int, float, list[Share]]]:
     found: list[tuple[int, float, list[Share]]] = []
-    for index, score in zip(ranked.items.tolist(), ranked.scores.tolist(), strict=True):
+    # What was clicked and nobody describes is not even looked for: there is no end of it where somebody means ill.
+    known = clicks.log.are_held(ranked.items)
+    for index, score in zip(ranked.items[known].tolist(), ranked.scores[known].tolist(), strict=True):
         if len(found) == limit:
             break
         if shares := catalogue.shares(clicks.log.item_of(index), first=clicks.log.me):
@@ -131,7 +133,7 @@ class _Support(NamedTuple):
 
 
 def _support(log: ClickLog, entries: Entries, items: Sequence[int]) -> list[_Support]:
-    """What `ranking.supporters` tells of one item, in sums, and for all of these at once."""
+    """Whose clicks speak for each of these items, in sums."""
     place = np.full(log.num_items, -1)
     place[items] = np.arange(len(items))
     here = place[entries.item] >= 0

@@ -125,6 +125,8 @@ class FeedSet:
         self._states: dict[bytes, _State] = {}
         self.num_entries = 0
         self._expired_on = -1
+        self._no_room = (-1, 0, 0)
+        """Entries of all when room was refused last, what its author would have had, and how many were too many."""
 
     def load(self, heads: Iterable[Head]) -> None:
         """What was kept before a restart."""
@@ -304,9 +306,13 @@ class FeedSet:
         if excess <= 0:
             return ()
         own = more + (self._states[author].count if author in self._states else 0)
+        total, own_then, excess_then = self._no_room
+        if self.num_entries == total and own >= own_then and excess >= excess_then:
+            return None  # nothing has changed since: whoever sends a thousand such costs little
         kept = (self._signatures.author, author)
         larger = [each for each, s in self._states.items() if s.count > own and each not in kept]
         if sum(self._states[each].count - own for each in larger) < excess:
+            self._no_room = self.num_entries, own, excess
             return None
         enough = self.num_entries - excess - int((1 - FULL) * self._limits.max_entries)
         cuts = []

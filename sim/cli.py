@@ -357,8 +357,8 @@ def grank(
     from sim.grank_running import run_all
 
     planned = plan(
-        _all_or(experiment or ["baseline"], EXPERIMENTS),
-        _all_or(ranker or ["g-rank"], RANKERS),
+        _all_or("--experiment", experiment or ["baseline"], EXPERIMENTS),
+        _all_or("--ranker", ranker or ["g-rank"], RANKERS),
         isolation or [0.0, 1.0],
         Settings(nodes=nodes, steps=steps, seed=seed),
     )
@@ -383,7 +383,11 @@ def grank(
         raise typer.Exit(EXIT_INTERRUPTED)
 
 
-def _all_or(names: list[str], known: Iterable[str]) -> list[str]:
+def _all_or(option: str, names: list[str], known: Iterable[str]) -> list[str]:
+    """Raises ConfigError for a name that is not known."""
+    for name in names:
+        if name not in (allowed := [*known, "all"]):
+            raise ConfigError(option, f"'{name}' is none", allowed)
     return list(known) if "all" in names else names
 
 
@@ -394,7 +398,7 @@ def _grank_status(number: int, num_runs: int, settings: "Settings", row: "Row") 
 
 
 def _print_grank(results: "GrankResults", folder: Path | None, wall_s: float) -> None:
-    from sim.grank_report import run_name
+    from sim.grank import run_name
 
     if results.partial:
         _out.print("[bold yellow]Interrupted: this is what there was by then.[/bold yellow]")
@@ -407,7 +411,7 @@ def _print_grank(results: "GrankResults", folder: Path | None, wall_s: float) ->
         distances = (said.distance_start, said.distance_half, said.distance_worst, said.distance_end)
         table.add_row(
             said.experiment,
-            run_name(said),
+            run_name(said.ranker, said.isolation),
             *(f"{distance:.1f}" for distance in distances),
             f"{100 * said.agreement:.0f} %",
             "" if said.target_first is None else f"{100 * said.target_first:.0f} %",

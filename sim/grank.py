@@ -90,8 +90,13 @@ class Settings(Struct, frozen=True, forbid_unknown_fields=True):
 
     @property
     def name(self) -> str:
-        """The ranker, with its F where it has one."""
-        return f"{self.ranker}, F = {self.isolation:g}" if self.ranker in WITH_ISOLATION else self.ranker
+        """See `run_name`."""
+        return run_name(self.ranker, self.isolation)
+
+
+def run_name(ranker: str, isolation: float) -> str:
+    """The ranker, with its F where it has one."""
+    return f"{ranker}, F = {isolation:g}" if ranker in WITH_ISOLATION else ranker
 
 
 # --- what is measured -----------------------------------------------------------------------------------

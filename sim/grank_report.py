@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from aggregation.ranking import RANKERS
-from sim.grank import ARRIVAL, ATTACK, EXPERIMENTS, WITH_ISOLATION, Row, Run
+from sim.grank import ARRIVAL, ATTACK, EXPERIMENTS, WITH_ISOLATION, Row, Run, run_name
 from sim.grank_running import Results, Summary, by_experiment
 from sim.plots import (
     FULL_PX,
@@ -88,17 +88,12 @@ def _tiles(results: Results) -> Iterator[str]:
     yield html_tile(
         "Without ties", f"{said.beyond_ties:.1f}", "places: what equally many clicks leave open not counted"
     )
-    agreed = "never by all" if said.agreed_at is None else f"by all from step {said.agreed_at:,} on"
+    agreed = "never by all" if said.agreed_at is None else f"by all first at step {said.agreed_at:,}"
     yield html_tile(
         "Same first result", f"{100 * said.agreement:.0f} %", f"of nodes, median over terms; {agreed}"
     )
     yield html_tile("Answer", bytes_text(said.answer_bytes), "mean of all pulls")
     yield html_tile("Clicklog", bytes_text(said.log_bytes), f"{count_text(run.rows[-1].log_entries)} entries")
-
-
-def run_name(said: Summary) -> str:
-    """The ranker, with its F where it has one."""
-    return f"{said.ranker}, F = {said.isolation:g}" if said.ranker in WITH_ISOLATION else said.ranker
 
 
 def _summary_table(summaries: Sequence[Summary]) -> str:
@@ -111,13 +106,13 @@ def _summary_table(summaries: Sequence[Summary]) -> str:
         "at the end",
         "without ties",
         "same first result",
-        "by all at step",
+        "by all first at step",
         "attacked item first",
     )
     rows = [
         (
             said.experiment,
-            run_name(said),
+            run_name(said.ranker, said.isolation),
             f"{said.distance_start:.0f}",
             f"{said.distance_half:.1f}",
             f"{said.distance_worst:.1f}",

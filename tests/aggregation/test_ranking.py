@@ -342,11 +342,20 @@ def test_a_log_survives_the_trip_through_arrays(clicks: list[Call], later: list[
 
 
 @law
-@given(st.lists(st.tuples(st.sampled_from(["add", "remove", "drop", "reload"]), calls), max_size=40))
-def test_any_sequence_of_changes_leaves_what_the_formulas_say(steps: list[tuple[str, Call]]) -> None:
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["add", "remove", "drop", "reload", "hold", "release"]), calls), max_size=40
+    ),
+    st.sampled_from([0, click_log._MAX_DEAD]),
+    st.booleans(),
+)
+def test_any_sequence_of_changes_leaves_what_the_formulas_say(
+    steps: list[tuple[str, Call]], max_dead: int, all_items: bool
+) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(click_log, "_MAX_DEAD", 0)  # so that empty rows are cleared away all the time
-        log, held = log_of([]), list[Call]()
+        patch.setattr(click_log, "_MAX_DEAD", max_dead)  # 0: empty rows are cleared away all the time
+        log, held = ClickLog(ME, top_terms=TOP_TERMS), list[Call]()
+        numbers = dict[bytes, int]()  # of items that somebody holds
         for what, call in steps:
             match what:
                 case "add":
@@ -359,7 +368,19 @@ def test_any_sequence_of_changes_leaves_what_the_formulas_say(steps: list[tuple[
                     log.drop(call.author)
                     held = [click for click in held if click.author != call.author]
                 case "reload":
-                    log = ClickLog.from_arrays(ME, log.to_arrays(), top_terms=TOP_TERMS)
+                    arrays = log.to_arrays(all_items=all_items)
+                    log = ClickLog.from_arrays(ME, arrays, top_terms=TOP_TERMS)
+                    numbers = {item: log.item_index(item) for item in numbers}
+                case "hold" if call.item not in numbers:
+                    numbers[call.item] = log.item_index(call.item)
+                case "release" if call.item in numbers:
+                    log.release(call.item)
+                    del numbers[call.item]
+        assert {item: log._item_of[item] for item in numbers} == numbers
+        assert set(log._item_of) == {click.item for click in held} | set(numbers)
+        assert log.num_items <= len(ITEMS), "numbers are given again"
+        by_number = [log.item_of(number) in numbers for number in range(log.num_items)]
+        assert log.are_held(np.arange(log.num_items)).tolist() == by_number
         assert log._num_dead == sum(not clicks for clicks in log._clicks)
         assert facts(log) == facts(log_of(held))
         assert log.similarities() == pytest.approx(Slow(held).similarities())
@@ -371,6 +392,7 @@ def test_empty_rows_do_not_pile_up() -> None:
         log.add(BO, ["b"], b"item %d" % n)
         log.remove(BO, ["b"], b"item %d" % n)
     assert len(log._clicks) < 10_000
+    assert log.num_items == len(ITEMS) + 1
     assert facts(log)["scores"] == facts(log_of(one(ANNA, "a", ITEMS[0])))["scores"]
 
 
@@ -398,6 +420,7 @@ def damaged() -> dict[str, dict[str, Any]]:
         "names that end too far": {"items_ends": np.array([2, 400], i64)},
         "names that end before they begin": {"items_ends": np.array([8, 2, 6, 8, 10, 12, 14], i64)},
         "a name twice": {"items": np.zeros(14, np.uint8)},
+        "clicks on no item": {"items_ends": np.array([0, 2, 4, 6, 8, 10, 14], i64)},
         "no text": {"terms": np.full(2, 0xFF, np.uint8)},
         "counts for others": {"num_clicks": np.array([1], i64)},
         "counts below zero": {"num_clicks": np.array([-1, 1], i64)},

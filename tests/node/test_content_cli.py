@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import os
+import socket
 import stat
 import sys
 import threading
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from node import cli, content_cli
+from node import cli, content_api, content_cli
 from node.api import API_FILE, TOKEN_FILE, ApiServer, make_app
 from node.content_api import MAX_BODY_BYTES, OpenBody, ShareBody, content_routes
 from node.content_cli import SEARCH_FILE
@@ -84,6 +85,8 @@ class FakeContents:
     def reset(self) -> None:
         self.asked: list[Any] = []
         self.items: list[dict[str, Any]] = []
+        self.known = self.shared = 0
+        """Left at 0, as many as there are items."""
         self.results: list[dict[str, Any]] = []
         self.under_way: list[dict[str, Any]] = []
         self.begun: dict[str, Any] = get("getting")
@@ -93,6 +96,7 @@ class FakeContents:
         self.is_slow = False
         """To share takes until somebody asks how far it is."""
         self.looked = asyncio.Event()
+        self.broken_off = threading.Event()
         self.shares: list[dict[str, Any]] = [item(path="/x/notes.txt", skipped=0)]
 
     def _note(self, *what: Any) -> None:
@@ -102,7 +106,8 @@ class FakeContents:
 
     async def library(self, mine: bool, limit: int) -> dict[str, Any]:
         self._note("library", mine, limit)
-        return {"items": self.items, "gets": self.under_way, "known": len(self.items)}
+        counts = {"known": self.known or len(self.items), "shared": self.shared or len(self.items)}
+        return {"items": self.items[:limit], "gets": self.under_way, **counts}
 
     async def search(self, text: str, limit: int, ranker: str | None) -> dict[str, Any]:
         self._note("search", text, limit, ranker)
@@ -111,12 +116,20 @@ class FakeContents:
     async def share(self, body: ShareBody) -> dict[str, Any]:
         self._note("share", body)
         if self.is_slow:
-            async with asyncio.timeout(10):
-                await self.looked.wait()
+            try:
+                async with asyncio.timeout(10):
+                    await self.looked.wait()
+            except asyncio.CancelledError:
+                self.broken_off.set()
+                raise
+        if not self.shares:
+            raise LocalError("there is no more to share")
         return self.shares.pop(0)
 
     async def unshare(self, item: str) -> dict[str, Any]:
         self._note("unshare", item)
+        if item == OTHER:
+            raise LocalError("it is not shared")
         return {"item": ITEM, "title": EVIL, "withdrawn": True}
 
     async def open(self, body: OpenBody) -> dict[str, Any]:
@@ -287,6 +300,46 @@ def test_share_asks_how_far_the_hashing_is(covey: Covey, contents: FakeContents,
     assert contents.looked.is_set()
 
 
+def test_what_is_done_is_told_though_the_next_is_refused(
+    covey: Covey, contents: FakeContents, tmp_path: Path
+) -> None:
+    covey("share", tmp_path, tmp_path, "--json", code=1)
+    assert [each["item"] for each in json.loads(covey.out)] == [ITEM]
+    covey("unshare", ITEM, OTHER, "--json", code=1)
+    assert [each["item"] for each in json.loads(covey.out)] == [ITEM]
+    covey("unshare", ITEM, "wrong", code=2)
+    assert contents.asked[-1] == ("unshare", OTHER), "nothing is done before all are looked at"
+    covey("unshare", OTHER, "--json", code=1)
+    assert covey.out == ""
+
+
+def test_ctrl_c_while_sharing_says_what_becomes_of_it(
+    covey: Covey, contents: FakeContents, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(content_cli, "_meanwhile", interrupt)
+    covey("share", "--model", code=130)
+    assert "it is not shared" in covey.err
+
+
+def test_sharing_is_broken_off_where_nobody_waits_for_it(
+    contents: FakeContents, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(content_api, "LOOK_S", 0.01)
+    contents.is_slow = True
+    body = b'{"path": "/x"}'
+    head = (
+        "POST /share HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer token\r\n"
+        f"Content-Length: {len(body)}\r\n\r\n"
+    )
+    port = json.loads((home / API_FILE).read_text())["port"]
+    with socket.create_connection(("127.0.0.1", port)) as asking:
+        asking.sendall(head.encode() + body)
+    assert contents.broken_off.wait(10)
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -317,10 +370,57 @@ def test_what_the_daemon_finds_wrong_is_wrong_usage_in_its_words(
 ) -> None:
     contents.error = ConfigError("title", "is too long", ["200 characters"])
     covey("share", tmp_path, code=2)
-    assert covey.err == "covey: title: is too long (allowed: 200 characters)\n"
+    assert covey.err == "covey: --title: is too long (allowed: 200 characters)\n"
     contents.error = LocalError("the disk is full")
     covey("share", tmp_path, code=1)
     assert covey.err == "covey: the disk is full\n"
+
+
+@pytest.mark.parametrize(
+    ("field", "name"), [("creator", "--by"), ("tag", "--tag"), ("tags", "--tag"), ("uri", "--uri")]
+)
+def test_a_wrong_field_goes_by_its_name_on_the_command_line(
+    covey: Covey, contents: FakeContents, tmp_path: Path, field: str, name: str
+) -> None:
+    contents.error = ConfigError(field, "is wrong")
+    covey("share", tmp_path, code=2)
+    assert covey.err == f"covey: {name}: is wrong\n"
+
+
+def test_a_query_without_words_and_a_body_that_is_too_long_are_told_without_the_apis_names(
+    covey: Covey, contents: FakeContents, tmp_path: Path
+) -> None:
+    contents.error = ConfigError("q", "holds no word to search for")
+    covey("search", "!!!", code=2)
+    assert covey.err == "covey: QUERY: holds no word to search for\n"
+    covey("share", tmp_path, "--title", "x" * MAX_BODY_BYTES, code=2)
+    assert covey.err.startswith("covey: the command line: is too long")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (("search", "caf\udce9"), "QUERY"),
+        (("share", "--model", "--title", "caf\udce9"), "--title"),
+        (("share", "--model", "--tag", "a", "--tag", "caf\udce9"), "--tag"),
+        (("share", "caf\udce9"), "PATH"),
+    ],
+)
+def test_bytes_that_are_no_utf8_are_a_sentence(
+    covey: Covey,
+    contents: FakeContents,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: tuple[str, ...],
+    name: str,
+) -> None:
+    """So a file's name in Latin-1 comes, and what a terminal in Latin-1 sends."""
+    monkeypatch.setattr(content_cli.Path, "exists", lambda path: True)  # not every system has such a file
+    monkeypatch.chdir(tmp_path)
+    covey(*arguments, code=2)
+    assert covey.err.startswith(f"covey: {name}: ")
+    assert "caf<U+DCE9>' is not UTF-8" in covey.err
+    assert contents.asked == []
 
 
 def test_unshare_takes_the_beginnings_of_digests(covey: Covey, contents: FakeContents) -> None:
@@ -364,6 +464,23 @@ def test_the_library_shows_who_shares_what_and_what_is_under_way(
     assert covey.json("library")["items"] == contents.items
 
 
+def test_the_library_says_how_many_there_are_only_where_more_are(
+    covey: Covey, contents: FakeContents
+) -> None:
+    contents.items = [item(), item(item=OTHER)]
+    contents.known, contents.shared = 7, 2
+    assert "shown" not in covey("library", "--mine", "--limit", 2)
+    assert "2 of 7 shown; --limit shows more" in covey("library", "--limit", 2)
+    contents.known = 2
+    assert "1 of 2 shown; --limit shows more" in covey("library", "--limit", 1)
+    assert "shown" not in covey("library", "--limit", 2)
+
+
+def test_a_model_shows_its_metrics(covey: Covey, contents: FakeContents) -> None:
+    contents.items = [item(kind="model", title="digits", details={"metrics": f"accuracy 0.9{EVIL}"})]
+    assert f"digits  model, 1.2 kB, accuracy 0.9{SPELT_OUT}  jazz" in covey("library")
+
+
 def test_an_empty_library_says_what_to_do(covey: Covey, contents: FakeContents) -> None:
     assert "nothing known yet" in covey("library")
     assert "covey share PATH" in covey("library", "--mine")
@@ -390,7 +507,7 @@ def test_a_search_numbers_its_results_and_says_why(covey: Covey, contents: FakeC
         " 1  notes.txt  file, 1.2 kB  jazz  ab12cd000000",
         "    shared by 12D3KooWA; why: matches jazz, tagged jazz; 12 clicks by 4 peers, 3 of them by 2 peers like you",
         " 2  other  file, 1.2 kB  jazz  ffee00000000",
-        "    shared by 12D3KooWA; why: matches jazz; 1 clicks by 1 peer",
+        "    shared by 12D3KooWA; why: matches jazz; 1 click by 1 peer",
         "`covey open N` gets one, and ranks better next time",
     ]
     assert contents.asked == [("search", "smooth jazz", 5, "bm25")]
@@ -470,7 +587,10 @@ def test_get_takes_a_number_of_the_last_search_and_records_no_choice(
     assert contents.asked[-1] == ("get", OTHER, False)
     covey("get", "123456")
     assert contents.asked[-1] == ("get", "123456", False), "so many digits are those of a digest"
-    covey("get", "2", code=2)
+    for number in ("0", "2"):
+        covey("get", number, code=2)
+        assert f"the last search had no result {number} (allowed: 1 to 1)" in covey.err
+        assert contents.asked[-1] == ("get", "123456", False)
 
 
 def test_get_detached_or_cancelled_does_not_wait(covey: Covey, contents: FakeContents) -> None:
@@ -514,6 +634,9 @@ def test_forget_asks_first(
     covey("forget", code=1)
     assert "--yes" in covey.err
     assert ("forget",) not in contents.asked
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n"))
+    assert covey.json("forget")["clicks"] == 3, "the question is no part of the answer"
+    assert "Forget all your choices?" in covey.err
     assert "3 choices forgotten" in covey("forget", "--yes")
     assert not (home / SEARCH_FILE).exists()
 
@@ -567,6 +690,7 @@ def test_a_status_tells_of_content(contents: FakeContents, home: Path) -> None:
         ("/open", {"item": ITEM, "terms": ["a"] * 9, "rank": 1}, "body: "),
         ("/share", {"paths": []}, "body: Object contains unknown field"),
         ("/share", {"title": "x" * MAX_BODY_BYTES}, "body: is too long"),
+        ("/share", {"path": "/x\0y"}, "path: holds a NUL"),
         ("/forget", {"all": True}, "body: "),
     ],
 )

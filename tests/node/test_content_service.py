@@ -2,7 +2,8 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Callable
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,17 +16,17 @@ from node import content_gets
 from node.config import RANKERS, ContentConfig
 from node.content import ContentService
 from node.content_api import OpenBody, ShareBody
-from node.content_entries import check_entry, file_entry, name_of, one_line_of
+from node.content_entries import check_entry, file_entry, name_of
 from node.content_gets import WINDOW
 from node.content_sharing import ModelSource
-from node.content_store import ContentStore, ContentStoreSettings
+from node.content_store import ContentStore
 from node.folders import Folder, FolderFile
 from node.library import Library
 from node.signatures import Ed25519Signatures, peer_of_author
 from node.store import BlobStore, hash_pieces
 from protocols.blob import num_chunks
-from protocols.entries import Begun, Click, Entry, Feed, Kind, Shared, Withdrawn
-from protocols.errors import ConfigError, LocalError
+from protocols.entries import Batch, Begun, Click, Cut, Entry, Feed, Head, Kind, Shared, Want, Withdrawn
+from protocols.errors import ConfigError, LocalError, PeerError
 from protocols.events import (
     BeginAnew,
     ContentHeld,
@@ -37,11 +38,12 @@ from protocols.events import (
     KeepEntries,
     LinkChanged,
     Publish,
+    Recall,
 )
 from protocols.feeds import FeedLimits, FeedSet
 from protocols.messages import FetchHeader
 from protocols.terms import hashed, item_of_uri
-from protocols.vocabulary import CHUNK_BYTES, ContentRef, Digest, PeerId
+from protocols.vocabulary import CHUNK_BYTES, ContentRef, Digest, PeerId, Reason, one_line
 
 NETWORK = "net"
 DAY = 20_000
@@ -77,12 +79,24 @@ class FakeDriver:
         self.told.append(event)
         match event:
             case Publish(feed, entries):
-                self.disk.submit(self.service.keep, self.author.says(feed, *entries))
+                self.disk.submit(self.keep, self.author.says(feed, *entries))
             case BeginAnew(feed):
                 batch, cut = self.author.feeds[feed].begin_anew(DAY, NOW_S)
-                self.disk.submit(self.service.keep, KeepEntries(feed, (batch,), (cut,)))
+                self.disk.submit(self.keep, KeepEntries(feed, (batch,), (cut,)))
             case _:
                 self.events.put_nowait(event)
+
+    def keep(self, effect: KeepEntries) -> None:
+        """On the disk's thread. What was not kept has not happened, so that the next goes on where the library stands."""
+        assert self.service is not None
+        try:
+            self.service.keep(effect)
+        except LocalError:
+            self.service._loop.call_soon_threadsafe(self.load, self.service.heads())
+
+    def load(self, heads: Sequence[tuple[Feed, Sequence[Head]]]) -> None:
+        for feed, each in heads:
+            self.author.feeds[feed].load(each)
 
     async def next(self, kind: type[Any]) -> Any:
         """The next event of this kind; none of another may come before it."""
@@ -110,6 +124,9 @@ class Log:
 
     warning = info
 
+    def refusal(self, peer: PeerId, reason: Reason, detail: str) -> None:
+        self.lines.append(("refused", {"peer": peer, "reason": reason, "detail": detail}))
+
 
 class Node:
     """A service with all that it stands on, over one home."""
@@ -121,10 +138,7 @@ class Node:
         self.log = Log()
         self.library = Library(home, self.me.key, NETWORK)
         config = ContentConfig(min_free_bytes=0, **settings)
-        limits = ContentStoreSettings(
-            "", config.max_item_bytes, config.max_total_bytes, config.min_free_bytes
-        )
-        self.store = ContentStore(home, limits, lambda digest, why: self.service.on_changed(digest, why))
+        self.store = ContentStore(home, config, lambda digest, why: self.service.on_changed(digest, why))
         self.driver = FakeDriver(self.me)
         self.now_s = NOW_S
         self.service = ContentService(
@@ -135,7 +149,7 @@ class Node:
             self.store,
             lambda: self.now_s,
             self.log,  # type: ignore[arg-type]
-            ModelSource(home, "digits", "gossip", "ab" * 32, NETWORK, rounds) if learns else None,
+            ModelSource(home, "/home/me/digits", "gossip", "ab" * 32, NETWORK, rounds) if learns else None,
         )
         self.driver.service = self.service
         self.service.attach(self.driver)
@@ -159,6 +173,16 @@ class Node:
             incoming.write(index, data[index * CHUNK_BYTES : (index + 1) * CHUNK_BYTES])
         self.store.admit(incoming)
         self.service.on_record(ContentHeld(digest, (PeerId("a peer"),)))
+
+    async def proves(self, get: Get, data: bytes) -> None:
+        """The same of what was asked for with whatever size: a core asks again where the bytes prove another."""
+        _, size_bytes, hashes = hash_pieces([data])
+        ref = ContentRef(get.ref.digest, size_bytes)
+        if get.ref != ref:
+            with pytest.raises(PeerError):
+                self.store.incoming(get.ref).prove(FetchHeader(size_bytes, hashes))
+            assert self.store.incoming(get.ref).ref == ref
+        await self.arrives(Get(ref, (), ()), data)
 
     async def row(self, item: bytes) -> dict[str, Any]:
         """How getting an item stands."""
@@ -262,7 +286,7 @@ async def test_a_link_is_an_entry_alone(node: Node) -> None:
         ({"creator": "a\tb"}, "creator"),
         ({"tags": ("x" * 41,)}, "tag"),
         ({"tags": ("a\x00b",)}, "tag"),
-        ({"tags": tuple(map(str, range(17)))}, "tag"),
+        ({"tags": tuple(map(str, range(17)))}, "tags"),
     ],
 )
 async def test_what_no_peer_would_accept_is_said_before_anything_is_read(
@@ -308,10 +332,23 @@ def test_any_name_of_a_file_makes_a_title(name: str) -> None:
     check_entry(file_entry(ContentRef(bytes(32), 1), Path("/x") / name, DAY))
 
 
+@pytest.mark.parametrize(
+    ("name", "title"),
+    [
+        ("x" * 250 + ".tar.gz", "x" * 197 + ".gz"),
+        ("x" * 250, "x" * 200),
+        ("." + "x" * 250, "." + "x" * 199),
+        ("x." + "y" * 250, "x." + "y" * 198),
+    ],
+)
+def test_a_long_name_is_cut_before_its_suffix(name: str, title: str) -> None:
+    assert file_entry(ContentRef(bytes(32), 1), Path("/x") / name, DAY).title == title
+
+
 def test_every_character_on_a_line_is_one_that_peers_accept() -> None:
     """What is checked here and what `protocols.entries` refuses must not drift apart."""
     for first in range(0, 0x110000, 128):
-        title = one_line_of("a" + "".join(map(chr, range(first, first + 128))))
+        title = one_line("a" + "".join(map(chr, range(first, first + 128))))
         check = Shared(bytes(32), DAY, Kind.FILE, title, "", (), "", 1, "", ())
         assert msgspec.msgpack.decode(msgspec.msgpack.encode(check), type=Shared) == check, hex(first)
 
@@ -336,7 +373,38 @@ async def test_a_disk_that_refuses_is_told_to_whoever_shares(
     monkeypatch.setattr(node.library, "keep", refuse)
     with pytest.raises(LocalError, match="could not be kept: the disk is full"):
         await node.service.share(ShareBody(uri="a:b", title="t"))
-    assert node.log.lines[0][0] == "entries not kept"
+
+
+async def test_what_the_disk_has_refused_once_costs_nothing_else(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(effect: KeepEntries) -> None:
+        raise LocalError("the disk is full")
+
+    async def share(title: str) -> None:
+        await node.service.share(ShareBody(uri=f"a:{title}", title=title))
+
+    peer = Author(9).feeds[Feed.CATALOGUE]
+    for title in ("one", "two"):
+        await share(title)
+    peer.take(kept(node), NOW_S)
+    with monkeypatch.context() as patch:
+        patch.setattr(node.library, "keep", refuse)
+        with pytest.raises(LocalError, match="the disk is full"):
+            await share("three")
+    await share("four")
+    assert peer.take(kept(node), NOW_S).batch is not None
+    own = [node.library.entry(item) for item in node.library.items(node.me.key)]
+    assert [entry.title for entry in own if entry is not None] == ["four", "two", "one"]
+
+
+def kept(node: Node) -> Batch:
+    """All that the node has said in its catalogue, as a peer gets it."""
+    ((_, (head,)), _) = node.library.heads()
+    (batch,) = node.service.recall(
+        Recall(1, Feed.CATALOGUE, (Want(head.author, head.epoch, 0, 9),), 2**20)
+    ).batches
+    return batch
 
 
 async def test_a_node_that_stops_hashes_no_further(node: Node, tmp_path: Path) -> None:
@@ -345,6 +413,61 @@ async def test_a_node_that_stops_hashes_no_further(node: Node, tmp_path: Path) -
     await node.service.stop()
     with pytest.raises(LocalError, match="the node stops"):
         await node.service.share(ShareBody(str(path)))
+
+
+async def test_however_much_is_hashed_everything_else_is_answered(
+    node: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    goes_on, store = threading.Event(), node.store
+    share_file, path = store.share_file, tmp_path / "large"
+    path.write_bytes(b"large")
+
+    def share_slowly(path: Path, told: Callable[[int, int], None]) -> ContentRef:
+        assert goes_on.wait(30)
+        return share_file(path, told)
+
+    monkeypatch.setattr(store, "share_file", share_slowly)
+    shares = [asyncio.create_task(node.service.share(ShareBody(str(path)))) for _ in range(40)]
+    async with asyncio.timeout(10):
+        while len((await node.service.gets())["sharing"]) < len(shares):
+            await node.service.counts()
+    goes_on.set()
+    await asyncio.gather(*shares)
+    assert (await node.service.counts())["shared"] == 1
+
+
+async def test_what_nobody_waits_for_is_neither_hashed_nor_shared(
+    node: Node, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, began, goes_on = tmp_path / "large", asyncio.Event(), threading.Event()
+    path.write_bytes(bytes(3 * CHUNK_BYTES))
+    share_file, ended = node.store.share_file, asyncio.Event()
+    problems: list[Exception] = []
+
+    def share_slowly(path: Path, told: Callable[[int, int], None]) -> ContentRef:
+        def tell(done: int, total: int) -> None:
+            node.service._loop.call_soon_threadsafe(began.set)
+            assert goes_on.wait(10)
+            told(done, total)
+
+        try:
+            return share_file(path, tell)
+        except LocalError as error:
+            problems.append(error)
+            raise
+        finally:
+            node.service._loop.call_soon_threadsafe(ended.set)
+
+    monkeypatch.setattr(node.store, "share_file", share_slowly)
+    sharing = asyncio.create_task(node.service.share(ShareBody(str(path))))
+    await began.wait()
+    sharing.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await sharing
+    goes_on.set()
+    await ended.wait()
+    assert [str(problem) for problem in problems] == ["nobody waits for it any more"]
+    assert (node.driver.told, node.store.digests()) == ([], ())
 
 
 # --- the model ------------------------------------------------------------------------------------------
@@ -630,10 +753,156 @@ async def test_a_folder_that_names_a_path_outside_fails_for_good(node: Node) -> 
     await node.service.get(folder.item.hex(), cancel=False)
     await node.arrives(await node.driver.next(Get), listing)
     assert await node.driver.next(Drop) == Drop(folder.item)
+    assert await node.driver.next(Hold) == Hold((folder.item,), held=False), "it is not here any more"
     row = await node.row(folder.item)
     assert row["state"] == "failed"
     assert "list" in row["detail"]
     assert node.store.wanted() == ()
+    assert [fields["reason"] for event, fields in node.log.lines if event == "refused"] == [
+        Reason.WRONG_FORMAT
+    ]
+
+
+async def test_several_gets_of_one_item_are_one(node: Node) -> None:
+    theirs = entry_for(b"theirs")
+    await node.hear(Author(2).says(Feed.CATALOGUE, theirs))
+    await asyncio.gather(*(node.service.get(theirs.item.hex(), cancel=False) for _ in range(5)))
+    await node.arrives(await node.driver.next(Get), b"theirs")
+    await node.driver.next(Hold)
+    assert node.driver.events.empty()
+    assert [row["state"] for row in (await node.service.gets())["gets"]] == ["held"]
+
+
+async def test_what_is_here_and_wanted_several_times_is_placed_once(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a crash all may be here but for its place."""
+    theirs = entry_for(b"theirs")
+    await node.hear(Author(2).says(Feed.CATALOGUE, theirs))
+    node.store.want(ContentRef(theirs.item, theirs.size_bytes), Kind.FILE, theirs.title)
+    await node.arrives(Get(ContentRef(theirs.item, theirs.size_bytes), (), ()), b"theirs")
+    places, goes_on, place = list[bytes](), threading.Event(), node.store.place
+
+    def place_slowly(digest: bytes, name: str) -> Path:
+        places.append(digest)
+        assert goes_on.wait(10)
+        return place(digest, name)
+
+    monkeypatch.setattr(node.store, "place", place_slowly)
+    get = node.service.get
+    await asyncio.gather(node.service.start(), *(get(theirs.item.hex(), cancel=False) for _ in range(3)))
+    goes_on.set()
+    await node.driver.next(Hold)
+    await node.driver.next(Hold)
+    assert places == [theirs.item]
+
+
+async def test_a_look_that_takes_long_is_not_taken_all_the_time(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = entry_for(b"theirs")
+    await node.hear(Author(2).says(Feed.CATALOGUE, theirs))
+    await node.service.get(theirs.item.hex(), cancel=False)
+    looks, now_s = 0, node.service._loop.time() + 1
+
+    def look(digest: bytes) -> tuple[int, int]:
+        nonlocal looks, now_s
+        looks += 1
+        now_s += 2 * content_gets.QUICK_S
+        return looks, 6
+
+    monkeypatch.setattr(node.service._gets._loop, "time", lambda: now_s)
+    monkeypatch.setattr(node.store, "progress", look)
+    assert [(await node.row(theirs.item))["done_bytes"] for _ in range(4)] == [1, 1, 1, 1]
+
+
+async def test_what_is_given_up_can_begin_anew_only_when_it_is_gone(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = entry_for(b"theirs")
+    await node.hear(Author(2).says(Feed.CATALOGUE, theirs))
+    await node.service.get(theirs.item.hex(), cancel=False)
+    await node.driver.next(Get)
+    began, goes_on, unwant = asyncio.Event(), threading.Event(), node.store.unwant
+
+    def unwant_slowly(digest: bytes) -> tuple[Digest, ...]:
+        node.service._loop.call_soon_threadsafe(began.set)
+        assert goes_on.wait(10)
+        return unwant(digest)
+
+    monkeypatch.setattr(node.store, "unwant", unwant_slowly)
+    cancelled = asyncio.create_task(node.service.get(theirs.item.hex(), cancel=True))
+    await began.wait()
+    await node.service.get(theirs.item.hex(), cancel=False)
+    goes_on.set()
+    assert (await cancelled)["state"] == "failed"
+    await node.driver.next(Drop)
+    await node.driver.next(Hold)
+    assert node.store.wanted() == ()
+    await node.service.get(theirs.item.hex(), cancel=False)
+    await node.driver.next(Get)
+    assert [wanted.ref.digest for wanted in node.store.wanted()] == [theirs.item]
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        {"size_bytes": 999},
+        {"size_bytes": 2000},
+        {"size_bytes": 0},
+        {"kind": Kind.FOLDER},
+        {"kind": Kind.FOLDER, "size_bytes": 2000},
+        {"kind": Kind.MODEL},
+    ],
+    ids=str,
+)
+async def test_no_later_word_of_another_keeps_an_item_from_being_got(
+    make: Callable[..., Node], lie: dict[str, Any]
+) -> None:
+    node = make(max_item_bytes=1000)
+    theirs = entry_for(b"theirs")
+    await node.hear(Author(2).says(Feed.CATALOGUE, theirs))
+    await node.hear(Author(3).says(Feed.CATALOGUE, msgspec.structs.replace(theirs, day=DAY + 1, **lie)))
+    found = await node.service.get(theirs.item.hex(), cancel=False)
+    assert found["state"] == "getting"
+    await node.proves(await node.driver.next(Get), b"theirs")
+    await node.driver.next(Hold)
+    row = await node.row(theirs.item)
+    assert (row["state"], row["total_bytes"]) == ("held", 6)
+    assert Path(row["path"]).read_bytes() == b"theirs"  # noqa: ASYNC240
+
+
+async def test_a_folder_stays_one_whoever_calls_it_a_file(node: Node) -> None:
+    listing = folder_of({"song": b"la"}).to_bytes()
+    folder = entry_for(listing, "Songs", Kind.FOLDER)
+    await node.hear(Author(2).says(Feed.CATALOGUE, folder))
+    for liar in (3, 4):
+        lie = msgspec.structs.replace(folder, day=DAY + 1, kind=Kind.FILE)
+        await node.hear(Author(liar).says(Feed.CATALOGUE, lie))
+    await node.service.get(folder.item.hex(), cancel=False)
+    await node.proves(await node.driver.next(Get), listing)
+    await node.arrives(await node.driver.next(Get), b"la")
+    await node.driver.next(Hold)
+    row = await node.row(folder.item)
+    assert (Path(row["path"]) / "song").read_bytes() == b"la"
+
+
+async def test_what_others_say_is_not_kept_where_the_disk_is_nearly_full(
+    node: Node, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(size_bytes: int) -> None:
+        raise LocalError("the disk has 0 bytes free")
+
+    monkeypatch.setattr(node.store, "check_disk", full)
+    theirs, mine = entry_for(b"theirs"), Author(1)
+    said = Author(2).says(Feed.CATALOGUE, theirs)
+    with pytest.raises(LocalError, match="0 bytes free"):
+        await node.hear(said)
+    assert node.library.entry(theirs.item) is None
+    await node.hear(mine.says(Feed.CATALOGUE, theirs))
+    assert node.library.entry(theirs.item) == theirs
+    batch = said.batches[0]
+    await node.hear(KeepEntries(Feed.CATALOGUE, (), (Cut(batch.author, batch.epoch, 9),)))
 
 
 async def test_what_nobody_has_is_asked_for_again_later(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -727,6 +996,7 @@ async def test_a_get_can_be_cancelled(node: Node) -> None:
     assert (await node.service.get(theirs.item.hex()[:8], cancel=True))["detail"] == "cancelled"
     assert await node.driver.next(Drop) == Drop(theirs.item)
     assert node.store.wanted() == ()
+    assert (await node.service.gets())["gets"] == [], "nobody has to be told of it"
     with pytest.raises(LocalError, match="nothing is under way"):
         await node.service.get(theirs.item.hex()[:8], cancel=True)
 
@@ -737,7 +1007,7 @@ async def test_what_is_too_large_or_unknown_is_refused_at_once(make: Callable[..
     await node.hear(Author(2).says(Feed.CATALOGUE, theirs))
     with pytest.raises(LocalError, match="6"):
         await node.service.get(theirs.item.hex(), cancel=False)
-    with pytest.raises(LocalError, match="no item is known"):
+    with pytest.raises(LocalError, match=r"no item is known .*; `covey library` lists what is"):
         await node.service.get("00" * 32, cancel=False)
     nothing = Shared(bytes(31) + b"1", DAY, Kind.FILE, "t", "", (), "", 0, "", ())
     await node.hear(Author(3).says(Feed.CATALOGUE, nothing))

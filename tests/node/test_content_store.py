@@ -14,10 +14,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from node import content_store
+from node import content_downloads, content_store
+from node.config import ContentConfig
 from node.content_blobs import ContentBlob
 from node.content_downloads import Downloads
-from node.content_store import ContentStore, ContentStoreSettings, Holdings
+from node.content_store import ContentStore, Holdings
 from node.content_tables import ContentTables
 from node.folders import Folder, FolderFile
 from node.store import BlobStore
@@ -28,7 +29,7 @@ from protocols.messages import FetchHeader
 from protocols.vocabulary import CHUNK_BYTES, HOSTILE, MAX_CONTENT_BYTES, ContentRef, Digest, ModelRef, Reason
 
 DATA = random.Random(3).randbytes(3 * CHUNK_BYTES + 11)
-ROOMY = ContentStoreSettings(min_free_bytes=0)
+ROOMY = ContentConfig(min_free_bytes=0)
 Usage = namedtuple("Usage", "total used free")
 
 
@@ -39,7 +40,7 @@ def ref_of(data: bytes) -> ContentRef:
 class Box:
     """A home, its store, and what the store said."""
 
-    def __init__(self, home: Path, settings: ContentStoreSettings = ROOMY) -> None:
+    def __init__(self, home: Path, settings: ContentConfig = ROOMY) -> None:
         self.home = home
         self.settings = settings
         self.said: list[tuple[Digest, str]] = []
@@ -164,7 +165,7 @@ def test_a_file_is_hashed_in_constant_memory(box: Box, own: Path) -> None:
     code = (
         "import resource, sys; from pathlib import Path; from node.content_store import *\n"
         "home = Path(sys.argv[1]); home.mkdir()\n"
-        "store = ContentStore(home, ContentStoreSettings())\n"
+        "store = ContentStore(home, ContentConfig())\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "store.share_file(Path(sys.argv[2])); store.close()\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
@@ -292,14 +293,103 @@ def test_a_file_that_may_not_be_read_is_refused(box: Box, own: Path) -> None:
 
 def test_the_nodes_own_files_are_not_shared_but_may_be_copied(box: Box) -> None:
     key = write(box.home / "identity.pem", b"key")
-    with pytest.raises(LocalError, match="the node's own"):
+    with pytest.raises(LocalError, match="a node's own"):
         box.store.share_file(key)
     with pytest.raises(LocalError, match="no file that can be shared"):
         box.store.share_folder(box.home)
-    with pytest.raises(LocalError, match="the node's own"):
+    with pytest.raises(LocalError, match="a node's own"):
         box.store.share_file(box.home / "downloads" / ".." / "identity.pem")
     ref = box.store.share_file(write(box.home / "downloads" / "song"))
     assert read(box.store.get(ref.digest)) == DATA
+
+
+def test_no_home_of_any_node_is_shared_but_for_its_downloads(box: Box, own: Path) -> None:
+    for name in ("identity.pem", "library.db", "models/m", "downloads/song"):
+        write(own / "bob" / name, name.encode())
+    write(own / "notes", b"notes")
+    shared = box.store.share_folder(own)
+    assert [file.parts for file in shared.folder.files] == [("notes",)]
+    assert [(each.path, "home of a node" in each.why) for each in shared.skipped] == [(own / "bob", True)]
+    for name in ("identity.pem", "library.db"):
+        with pytest.raises(LocalError, match="a node's own"):
+            box.store.share_file(own / "bob" / name)
+    with pytest.raises(LocalError, match="no file that can be shared"):
+        box.store.share_folder(own / "bob")
+    (own / "way").symlink_to(own / "bob")
+    with pytest.raises(LocalError, match="a node's own"):
+        box.store.share_file(own / "way" / "identity.pem")
+    assert read(box.store.get(box.store.share_file(own / "bob/downloads/song").digest)) == b"downloads/song"
+
+
+def test_a_key_that_somebody_has_left_above_forbids_nothing(box: Box, own: Path) -> None:
+    """Anybody can put one into a folder for all."""
+    write(own / "identity.pem")
+    write(own / "mine/song")
+    assert box.store.share_file(own / "mine/song") == ref_of(DATA)
+    assert [file.parts for file in box.store.share_folder(own / "mine").folder.files] == [("song",)]
+
+
+@pytest.mark.parametrize("how", ["link", "link above", "home"])
+def test_what_becomes_of_a_folder_while_others_are_read_lets_nothing_else_out(
+    box: Box, own: Path, how: str
+) -> None:
+    """Whoever may write into a shared folder may not read what the operator may."""
+    private = own.parent / "private"
+    for name in ("a", "m/z/key"):
+        write(own / name, b"public")
+    for name in ("key", "z/key"):
+        write(private / name, b"secret")
+    if how == "home":
+        write(private / "identity.pem")
+
+    def meddle(done: int, total: int) -> None:
+        if (own / "m").is_dir() and not (own / "away").exists():
+            place = own / "m" if how == "link above" else own / "m" / "z"
+            place.rename(own / "away")
+            if how == "home":
+                private.rename(place)
+            else:
+                place.symlink_to(private)
+
+    shared = box.store.share_folder(own, meddle)
+    assert (own / "away").exists()
+    assert [file.parts for file in shared.folder.files] == [("a",)]
+    assert [each.path for each in shared.skipped] == [own / "m/z/key"]
+    assert box.store.get(ref_of(b"secret").digest) is None
+
+
+def test_a_file_behind_a_link_is_not_served_any_more(box: Box, own: Path) -> None:
+    path = write(own / "folder" / "song")
+    ref = box.store.share_file(path)
+    blob = box.store.get(ref.digest)
+    assert blob is not None
+    (own / "folder").rename(own / "elsewhere")
+    (own / "folder").symlink_to(own / "elsewhere")
+    with pytest.raises(OSError, match=r"directory|symbolic"):
+        blob.read(0)
+    assert box.store.get(ref.digest) is None
+    assert [why for _, why in box.said] == [
+        f"{path} is not served any more: a link leads to it now; share it again as it is now"
+    ]
+
+
+def test_only_its_owner_sees_what_the_store_holds_and_downloads_are_usual_files(tmp_path: Path) -> None:
+    mask = os.umask(0o022)
+    try:
+        box = Box(tmp_path / "home")
+        path = box.get(DATA, "song")
+        box.store.want(ref_of(b"other"), Kind.FILE, "other")
+        modes = {
+            str(each.relative_to(box.home)): each.stat().st_mode & 0o777
+            for each in (*box.home.glob("content*"), path)
+        }
+        box.store.close()
+    finally:
+        os.umask(mask)
+    assert modes.pop("content") == 0o700
+    assert modes.pop("downloads/song") == 0o644
+    assert set(modes) >= {"content.db", "content.db-wal"}
+    assert set(modes.values()) == {0o600}
 
 
 def test_a_copy_is_served_when_its_original_is_gone(box: Box, own: Path) -> None:
@@ -544,9 +634,7 @@ def test_downloads_may_lie_anywhere_with_hard_links_or_without(
             raise OSError(18, "another device")
 
         monkeypatch.setattr(Path, "hardlink_to", refuse)
-    box = Box(
-        tmp_path / "home", ContentStoreSettings(downloads=str(tmp_path / "far" / "away"), min_free_bytes=0)
-    )
+    box = Box(tmp_path / "home", ContentConfig(downloads=str(tmp_path / "far" / "away"), min_free_bytes=0))
     path = box.get_folder({"a/b": DATA, "c": b"c"}, "album")
     assert path == tmp_path.resolve() / "far" / "away" / "album"
     assert (path / "a/b").read_bytes() == DATA
@@ -601,10 +689,11 @@ def test_what_nothing_speaks_of_is_swept_away(box: Box) -> None:
     kept = ref_of(DATA)
     box.store.want(kept, Kind.FILE, "song")
     box.receive(DATA, 0)
-    for name in ("00.part", "00.header", "00", "1.draft"):
+    left = "0" * 64
+    for name in (f"{left}.part", f"{left}.header", left, f"{left}.draft", "1.draft", "thesis/thesis.tex"):
         write(box.home / "content" / name, b"left")
     box.open()
-    assert box.inner == [f"{kept.digest.hex()}.header", f"{kept.digest.hex()}.part"]
+    assert box.inner == [f"{kept.digest.hex()}.header", f"{kept.digest.hex()}.part", "thesis"], "not its own"
 
 
 @pytest.mark.parametrize("folder", [True, False])
@@ -655,6 +744,57 @@ def test_a_kill_while_a_download_is_placed_leaves_it_once_and_whole(
     assert box.store.wanted() == ()
     assert read(box.store.get(ref_of(DATA).digest)) == DATA
     assert box.inner == ([ref.digest.hex()] if folder else [])
+
+
+def test_two_kills_while_a_folder_is_placed_lose_nothing(box: Box, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second before anything is made ready again: what is claimed is empty, and must not be taken for the item."""
+    files = {"a": DATA, "b": b"b"}
+    ref = ref_of(list_of(files))
+    box.store.want(ref, Kind.FOLDER, "it")
+    for data in (list_of(files), *files.values()):
+        box.receive(data)
+        box.store.missing(ref.digest)
+
+    class Killed(BaseException):
+        pass
+
+    def die(*args: object, **kwargs: object) -> None:
+        raise Killed
+
+    ends = [(Path, "rename", die), (content_downloads, "clear", lambda path: die(shutil.rmtree(path)))]
+    for where, name, end in ends:
+        with monkeypatch.context() as patch:
+            patch.setattr(where, name, end)
+            with pytest.raises(Killed):
+                box.store.place(ref.digest, "it")
+        box.open()
+    path = box.store.place(ref.digest, "it")
+    assert {each.name: each.read_bytes() for each in path.iterdir()} == files
+
+
+def test_a_store_that_stops_copies_no_further(box: Box, own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    box.store.share_file(write(own / "mine"))
+    listed = list_of({"theirs": DATA})
+    box.store.want(ref_of(listed), Kind.FOLDER, "album")
+    box.receive(listed)
+    assert box.store.missing(ref_of(listed).digest) == ()
+    read_chunk, num_read = ContentBlob.read, 0
+
+    def read_and_stop(blob: ContentBlob, index: int) -> bytes:
+        nonlocal num_read
+        num_read += blob.path == own / "mine"
+        if num_read == 2:
+            box.store.stop()
+        return read_chunk(blob, index)
+
+    monkeypatch.setattr(ContentBlob, "read", read_and_stop)
+    with pytest.raises(LocalError, match="the node stops"):
+        box.store.place(ref_of(listed).digest, "album")
+    assert num_read == 2
+    assert not (box.home / "downloads" / "album").exists()
+    monkeypatch.undo()
+    box.reopen()
+    assert (box.store.place(ref_of(listed).digest, "album") / "theirs").read_bytes() == DATA
 
 
 def test_a_database_that_is_none_is_a_local_error(tmp_path: Path) -> None:
@@ -737,6 +877,37 @@ def test_a_header_of_another_size_or_content_is_a_lie_of_the_peer(box: Box, size
     assert box.inner == []
 
 
+@pytest.mark.parametrize("told", [1, len(DATA) + 1, 9 * CHUNK_BYTES])
+def test_the_size_is_what_the_bytes_prove_whatever_was_told(box: Box, told: int) -> None:
+    lie = ContentRef(ref_of(DATA).digest, told)
+    box.store.want(lie, Kind.FILE, "song")
+    header = FetchHeader(len(DATA), hash_blob(DATA)[1])
+    with pytest.raises(PeerError) as caught:
+        box.store.incoming(lie).prove(header)
+    assert caught.value.reason is Reason.BUSY, "ask again, also the same peer"
+    assert box.store.incoming(lie).ref == ref_of(DATA)
+    assert box.store.progress(lie.digest) == (0, len(DATA))
+    box.reopen()
+    assert box.store.missing(lie.digest) == (ref_of(DATA),)
+    box.receive(DATA)
+    assert box.store.place(lie.digest, "song").read_bytes() == DATA
+
+
+def test_bytes_that_prove_to_be_too_many_are_refused(box: Box) -> None:
+    limited(box, max_item_bytes=len(DATA) - 1)
+    lie = ContentRef(ref_of(DATA).digest, 1000)
+    box.store.want(lie, Kind.FILE, "song")
+    header = FetchHeader(len(DATA), hash_blob(DATA)[1])
+    with pytest.raises(LocalError, match=r"content\.max_item_bytes"):
+        box.store.incoming(lie).prove(header)
+    listed = msgspec.msgpack.encode([[["a"], 1, ref_of(DATA).digest], [["b"], 1, ref_of(b"b").digest]])
+    box.store.want(ref_of(listed), Kind.FOLDER, "album")
+    box.receive(listed)
+    with pytest.raises(LocalError, match=r"content\.max_item_bytes"):
+        box.store.incoming(box.store.missing(ref_of(listed).digest)[0]).prove(header)
+    assert box.store.wanted()[0].ref == lie, "nothing has changed"
+
+
 def test_a_wrong_chunk_is_not_written(box: Box) -> None:
     box.store.want(ref_of(DATA), Kind.FILE, "song")
     incoming = box.store.incoming(ref_of(DATA))
@@ -787,7 +958,7 @@ def test_a_folders_list_that_leads_astray_is_refused(box: Box) -> None:
 
 
 def limited(box: Box, **limits: int) -> None:
-    box.settings = ContentStoreSettings(**{"min_free_bytes": 0, **limits})
+    box.settings = ContentConfig(**{"min_free_bytes": 0, **limits})
     box.reopen()
 
 
