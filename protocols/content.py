@@ -611,7 +611,8 @@ class Content(Machine):
 def _nobody(getting: _Getting) -> str:
     """Why an item cannot be had."""
     if getting.num_asked:
-        return f"none of {getting.num_asked} peers that could be asked holds it"
+        peers = "the one peer" if getting.num_asked == 1 else f"any of {getting.num_asked} peers"
+        return f"it is not held by {peers} that could be asked"
     return "whoever held it does not serve it now" if getting.liars else "no peer can be reached"
 
 
