@@ -177,15 +177,15 @@ class ClickLog:
         state = self._states[a] or self._taken_apart(a)
         self._similarity = None
         self._num_clicks[a] += 1
-        counts, top = state.counts, state.top
+        counts, top, clicks = state.counts, state.top, self._clicks
         for term in terms:
             t = self._term_of.get(term)
             if t is None:
                 t = self._new_term(term)
             row = state.rows.get(t << 32 | i)
-            if row is None or not self._clicks[row]:
+            if row is None or not clicks[row]:
                 row = self._row_begins(a, state, t, i, row)
-            self._clicks[row] += weight
+            clicks[row] += weight
             count = counts[t] = counts.get(t, 0.0) + weight
             if t in top:
                 if t == state.weakest:
@@ -344,7 +344,6 @@ class ClickLog:
         self._num_dead = 0
         self._by_term = Groups(rows.terms, len(terms))
         self._by_author = Groups(rows.authors, len(authors))
-        self._by_item = Groups(rows.items, len(items))
         self._num_clicks = packed("q", num_clicks)
         clicked, common = rows.clicked_and_common(len(authors), len(items), self._me)
         self._num_clicked, self._num_common = packed("i", clicked), packed("i", common)
@@ -389,7 +388,6 @@ class ClickLog:
             self._row_items.append(i)
             self._clicks.append(0.0)
             self._by_term.added[t].append(row)
-            self._by_item.added[i].append(row)
         else:
             self._num_dead -= 1
         self._num_rows[i] += 1
@@ -419,8 +417,9 @@ class ClickLog:
             if i in mine.items:
                 self._num_common[a] += change
             return
-        rows = self._by_item.rows(i).tolist()
-        for other in {self._row_authors[row] for row in rows if self._clicks[row]} - {a}:
+        # Through all rows: a person does not click so often that a table of every item's clicks would be worth it.
+        here = (view(self._row_items) == i) & (view(self._clicks) > 0)
+        for other in set(view(self._row_authors)[here].tolist()) - {a}:
             self._num_common[other] += change
 
     def _is_promoted(self, state: _Author, t: int, count: float) -> bool:

@@ -62,6 +62,7 @@ def chains(prior: bytes, entries: Iterable[Entry]) -> list[bytes]:
     return found
 
 
+@lru_cache(4096)
 def head_bytes(network: str, feed: Feed, author: bytes, epoch: int, last: int, chain: bytes) -> bytes:
     """What an author signs at the end of a batch."""
     return b"covey feed 1\0" + _encode((network, feed.value, author, epoch, last, chain))

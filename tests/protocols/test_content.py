@@ -662,7 +662,7 @@ def test_content_that_nobody_holds_is_missing_soon() -> None:
     net.get("n1", D1)
     record = got(net["n1"], net, 6)
     assert isinstance(record, ContentMissing)
-    assert "holds it" in record.detail
+    assert "not held by any of 3 peers" in record.detail
     assert net["n1"].fetches == []
     assert not net["n1"].content._getting
 
