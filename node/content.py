@@ -63,8 +63,8 @@ class _Unkept:
 
 
 class ContentService:
-    """All that a node does with content. Its methods are for the loop, but for `keep` and `recall`, which are for the disk's
-    thread.
+    """All that a node does with content. Its methods are for the loop, but for `keep`, `refused` and `recall`, which are for the
+    disk's thread.
 
     me: the node's author key. wall_clock: Unix seconds. model: None for a node that does not learn.
     """
@@ -114,14 +114,14 @@ class ContentService:
         Raises:
             LocalError, OSError, sqlite3.Error: they are not written.
         """
-        try:
-            if any(batch.author != self._me for batch in effect.batches):
-                self._store.check_disk(0)
-            self._library.keep(effect)
-        except (LocalError, OSError, sqlite3.Error) as error:
-            self._tell_kept(effect, str(error))
-            raise
+        if any(batch.author != self._me for batch in effect.batches):
+            self._store.check_disk(0)
+        self._library.keep(effect)
         self._tell_kept(effect, None)
+
+    def refused(self, effect: KeepEntries, problem: str) -> None:
+        """Tell whoever waits. On the disk's thread."""
+        self._tell_kept(effect, problem)
 
     def _tell_kept(self, effect: KeepEntries, problem: str | None) -> None:
         own = sum(len(batch.entries) for batch in effect.batches if batch.author == self._me)

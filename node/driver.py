@@ -311,6 +311,7 @@ class Driver:
                 OSError, sqlite3.Error, LocalError
             ):  # the next one that fails tries again
                 self._on_loop(self.handle, HeadsRead(self._contents.heads()))
+            self._contents.refused(effect, str(error))
 
     def _recall(self, effect: Recall) -> None:
         if self._manners.may_move(effect.max_bytes):

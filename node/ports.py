@@ -67,12 +67,15 @@ class Network(Protocol):
 
 
 class Contents(Protocol):
-    """What a node keeps of shared content, and of what others say of it. `keep`, `recall` and `heads` are called on the disk's thread, in
+    """What a node keeps of shared content, and of what others say of it. All but `on_record` are called on the disk's thread, in
     the order of the effects; `on_record` on the loop."""
 
     def keep(self, effect: KeepEntries) -> None: ...
 
     def recall(self, effect: Recall) -> Recalled: ...
+
+    def refused(self, effect: KeepEntries, problem: str) -> None:
+        """`keep` has failed, and the core is told: whoever says something now says it anew."""
 
     def heads(self) -> tuple[tuple[Feed, tuple[Head, ...]], ...]: ...
 

@@ -91,8 +91,9 @@ class FakeDriver:
         assert self.service is not None
         try:
             self.service.keep(effect)
-        except LocalError:
+        except LocalError as error:
             self.service._loop.call_soon_threadsafe(self.load, self.service.heads())
+            self.service.refused(effect, str(error))
 
     def load(self, heads: Sequence[tuple[Feed, Sequence[Head]]]) -> None:
         for feed, each in heads:

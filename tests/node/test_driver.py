@@ -13,6 +13,7 @@ from node import driver as driver_module
 from node.compute import WorkOrder, WorkResult
 from node.driver import Driver
 from node.manners import Conditions, DeviceSettings, Manners
+from protocols.entries import Batch, Begun, Feed, Head
 from protocols.errors import LocalError
 from protocols.events import (
     Aggregate,
@@ -31,14 +32,19 @@ from protocols.events import (
     FetchFailed,
     Forget,
     Halt,
+    HeadsRead,
     Input,
     Keep,
+    KeepEntries,
     KeepPeer,
     KeepScalars,
     LearningDone,
     LinkUp,
     Penalise,
+    Recall,
+    Recalled,
     Received,
+    Record,
     Replay,
     Replayed,
     RoundDone,
@@ -121,6 +127,39 @@ class Recorder:
         return note
 
 
+HEADS = ((Feed.CLICKS, (Head(b"a" * 32, 1, 1, 2, bytes(16), 3),)),)
+BATCH = Batch(b"a" * 32, 1, 1, bytes(16), (Begun(1),), bytes(64))
+
+
+class FakeContents:
+    """Keeps nothing, notes what it is asked for, and refuses where `error` says so."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self.error: Exception | None = None
+
+    def keep(self, effect: KeepEntries) -> None:
+        self._note("keep", effect)
+
+    def refused(self, effect: KeepEntries, problem: str) -> None:
+        self.calls.append(("refused", effect, problem))
+
+    def recall(self, effect: Recall) -> Recalled:
+        self._note("recall", effect)
+        return Recalled(effect.token, (BATCH,))
+
+    def heads(self) -> tuple[tuple[Feed, tuple[Head, ...]], ...]:
+        return HEADS
+
+    def on_record(self, record: Record) -> None:
+        self.calls.append(("on_record", record))
+
+    def _note(self, name: str, effect: KeepEntries | Recall) -> None:
+        self.calls.append((name, effect))
+        if self.error is not None:
+            raise self.error
+
+
 class FakeClock:
     def __init__(self) -> None:
         self.at_s = 42.0
@@ -141,6 +180,7 @@ class Shell:
             settings or DeviceSettings(), self.clock, lambda: self.conditions, lambda: self.month_bytes
         )
         self.network, self.store, self.history, self.telemetry, self.scalars = (Recorder() for _ in range(5))
+        self.contents = FakeContents()
         self.driver = Driver(
             self.core,  # type: ignore[arg-type]
             self.clock,
@@ -151,6 +191,7 @@ class Shell:
             perform,
             self.scalars,  # type: ignore[arg-type]
             self.manners,
+            self.contents,
         )
         self.driver.attach(self.network)  # type: ignore[arg-type]
 
@@ -287,6 +328,41 @@ async def test_a_record_that_cannot_be_kept_is_never_sent_and_halts_the_node(she
     assert shell.network.calls == []
     assert shell.driver.halted.is_set()
     assert str(shell.driver.failure) == "the disk is full"
+
+
+async def test_entries_are_kept_and_brought_by_the_disk(shell: Shell) -> None:
+    keep, recall = KeepEntries(Feed.CLICKS, (BATCH,)), Recall(7, Feed.CLICKS, (), 1000)
+    shell.perform(keep, recall, Emit(LearningDone(3)))
+    await turn()
+    assert ("on_record", LearningDone(3)) in shell.contents.calls
+    assert [call for call in shell.contents.calls if call[0] != "on_record"] == [
+        ("keep", keep),
+        ("recall", recall),
+    ]
+    assert shell.core.events[1:] == [Recalled(7, (BATCH,))]
+
+
+@pytest.mark.parametrize(
+    "error", [LocalError("it is full"), OSError("it is full"), sqlite3.Error("it is full")]
+)
+async def test_what_the_disk_refuses_the_core_hears_before_whoever_waits(
+    shell: Shell, error: Exception
+) -> None:
+    shell.contents.error = error
+    keep = KeepEntries(Feed.CLICKS, (BATCH,))
+    shell.perform(keep, Recall(7, Feed.CLICKS, (), 1000))
+    await turn()
+    assert shell.core.events[1:] == [HeadsRead(HEADS), Recalled(7, ())]
+    assert shell.contents.calls[1] == ("refused", keep, "it is full")
+    assert not shell.driver.halted.is_set()
+
+
+async def test_no_entries_are_brought_that_the_month_has_no_bytes_for() -> None:
+    shell = Shell(lambda order: Trained(0, REF), DeviceSettings(month_bytes=10_000_000))
+    shell.month_bytes = 9_999_999
+    shell.perform(Recall(7, Feed.CLICKS, (), 1000))
+    await turn()
+    assert (shell.core.events[1:], shell.contents.calls) == ([Recalled(7, ())], [])
 
 
 async def test_results_are_handed_over_on_the_loop(shell: Shell) -> None:
