@@ -163,6 +163,9 @@ class ContentService:
     # --- its life ---------------------------------------------------------------------------------------
     async def start(self) -> None:
         """Serve what is held, go on with what was under way. The core has been told that it has started."""
+        await asyncio.to_thread(
+            self._store.recheck
+        )  # files may have changed, or come back, while nothing ran here
         digests = await asyncio.to_thread(self._store.digests)
         if digests:
             self._handle(Hold(digests))
@@ -284,9 +287,8 @@ class ContentService:
         await asyncio.to_thread(self._library.forget)
         if said:
             await self._said(Feed.CLICKS, BeginAnew(Feed.CLICKS), 1)
-            await asyncio.to_thread(
-                self._library.forget
-            )  # what was said is not in the file's old pages either
+            # What was said is not in the file's old pages either.
+            await asyncio.to_thread(self._library.forget)
         return {"clicks": count, "taken_back": said}
 
     # --- getting ----------------------------------------------------------------------------------------

@@ -583,6 +583,20 @@ async def test_a_file_that_changes_is_not_served_and_shown_so(node: Node, tmp_pa
     assert ("not served any more", item.hex()) in [(line, told.get("item")) for line, told in node.log.lines]
 
 
+async def test_a_start_notices_what_has_changed_meanwhile(node: Node, tmp_path: Path) -> None:
+    path = tmp_path / "mine"
+    path.write_text("mine")
+    await node.service.share(ShareBody(str(path)))
+    await node.driver.next(Hold)
+    path.unlink()
+    await node.service.start()
+    (row,) = (await node.service.library(mine=True, limit=10))["items"]
+    assert row["state"] == "changed"
+    assert await node.driver.next(Hold) == Hold((bytes.fromhex(row["item"]),), held=False), (
+        "and nothing before it"
+    )
+
+
 async def test_of_two_copies_one_may_change(node: Node, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
@@ -718,14 +732,19 @@ def folder_of(files: dict[str, bytes]) -> Folder:
     return Folder(tuple(FolderFile((name,), hashes[name][1], hashes[name][0]) for name in sorted(files)))
 
 
-async def test_a_folder_is_its_list_then_its_files_few_at_a_time(node: Node) -> None:
-    files = {f"song {index:02}": f"la {index}".encode() for index in range(20)}
+async def begin_folder(node: Node, files: dict[str, bytes]) -> tuple[Shared, dict[Digest, bytes]]:
+    """Another's folder, of which the node gets the list: its entry, and the files that are asked for next."""
     listing = folder_of(files).to_bytes()
     folder = entry_for(listing, "Songs", Kind.FOLDER)
     await node.hear(Author(2).says(Feed.CATALOGUE, folder))
     await node.service.get(folder.item.hex(), cancel=False)
-    by_digest = {hash_pieces([data])[0]: data for data in files.values()}
     await node.arrives(await node.driver.next(Get), listing)
+    return folder, {hash_pieces([data])[0]: data for data in files.values()}
+
+
+async def test_a_folder_is_its_list_then_its_files_few_at_a_time(node: Node) -> None:
+    files = {f"song {index:02}": f"la {index}".encode() for index in range(20)}
+    folder, by_digest = await begin_folder(node, files)
     outstanding: list[Get] = []
     num_asked = most = 0
     while num_asked < len(files):
@@ -740,7 +759,7 @@ async def test_a_folder_is_its_list_then_its_files_few_at_a_time(node: Node) -> 
     assert most == WINDOW
     await node.driver.next(Hold)
     row = await node.row(folder.item)
-    total = len(listing) + sum(map(len, files.values()))
+    total = folder.size_bytes + sum(map(len, files.values()))
     assert (row["state"], row["done_bytes"], row["total_bytes"]) == ("held", total, total)
     path = Path(row["path"])
     assert {each.name: each.read_bytes() for each in path.iterdir()} == files  # noqa: ASYNC240
@@ -921,12 +940,7 @@ async def test_what_nobody_has_is_asked_for_again_later(node: Node, monkeypatch:
 
 async def test_what_is_missing_of_a_folder_comes_after_the_rest(node: Node) -> None:
     files = {f"song {index}": f"la {index}".encode() for index in range(5)}
-    listing = folder_of(files).to_bytes()
-    folder = entry_for(listing, "Songs", Kind.FOLDER)
-    await node.hear(Author(2).says(Feed.CATALOGUE, folder))
-    await node.service.get(folder.item.hex(), cancel=False)
-    by_digest = {hash_pieces([data])[0]: data for data in files.values()}
-    await node.arrives(await node.driver.next(Get), listing)
+    folder, by_digest = await begin_folder(node, files)
     missed = await node.driver.next(Get)
     node.service.on_record(ContentMissing(missed.ref.digest, "busy"))
     for _ in range(len(files) - 1):
