@@ -92,7 +92,7 @@ class FeedLimits(NamedTuple):
 
 
 class Taken(NamedTuple):
-    """What a batch came to: what of it is new, and what has to go for it. Both None where it changes nothing."""
+    """What a batch came to: what of it is new, and what has to go for it. Neither where it changes nothing."""
 
     batch: Batch | None = None
     cuts: tuple[Cut, ...] = ()
@@ -288,9 +288,7 @@ class FeedSet:
         self.num_entries += len(batch.entries)
         first = max(state.first, state.last - self._limits.window + 1)
         if first > state.first:
-            self.num_entries -= first - state.first
-            state.first = first
-            cuts = (*cuts, Cut(batch.author, batch.epoch, first))
+            cuts = (*cuts, self._shorten(batch.author, first - state.first))
         return Taken(batch, cuts)
 
     # --- room -------------------------------------------------------------------------------------------
@@ -426,7 +424,7 @@ def _is_old(batch: Batch, state: _State) -> bool:
     """Whether a batch can tell nothing, so that it need not be checked. One that ends where ours does may tell otherwise."""
     if batch.epoch != state.epoch:
         return batch.epoch < state.epoch
-    return state.void or batch.last < state.last or batch.first > MAX_SEQ
+    return state.void or batch.last < state.last
 
 
 def begins_with(author: bytes, bits: int, prefix: int) -> bool:

@@ -10,26 +10,25 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from node import libp2p_transfer
 from node.config import ContentConfig
 from node.content_blobs import ContentBlob
 from node.content_store import ContentStore, Holdings
-from node.libp2p_network import Libp2pNetwork
 from node.ports import NetworkEvent
 from node.rate_limit import MIN_BYTES_PER_S
 from node.store import BlobStore
 from protocols.blob import hash_blob
 from protocols.entries import Kind
-from protocols.events import Fetched, FetchFailed, LinkUp, Rejected
+from protocols.events import Fetched, FetchFailed, Rejected
 from protocols.vocabulary import CHUNK_BYTES, HOSTILE, ContentRef, ModelRef, PeerId, Reason
+from tests.integration.network_peer import NetworkPeer, link, network_peers
 
 DATA = random.Random(7).randbytes(12 * CHUNK_BYTES + 7)
 REF = ContentRef(hash_blob(DATA)[0], len(DATA))
 
 
-class Peer:
+class Peer(NetworkPeer):
     """One node's network and stores, and what it heard."""
 
     def __init__(self, home: Path) -> None:
@@ -37,37 +36,15 @@ class Peer:
         self.home = home
         self.models = BlobStore(home, lambda path: None)
         self.contents = ContentStore(home, ContentConfig(min_free_bytes=0))
-        self.heard: list[NetworkEvent] = []
-        self.changed = asyncio.Event()
-        self.crash: list[BaseException] = []
-        self.address = ""
         self.strangers: set[PeerId] = set()
         """Linked, and without a hello that lets them in."""
-        self.network = Libp2pNetwork(
-            Ed25519PrivateKey.generate(),
-            ["/ip4/127.0.0.1/tcp/0"],
-            Holdings(self.models, self.contents),
-            self.hear,
-            on_crash=self.crash.append,
-            has_greeted=lambda peer: peer not in self.strangers,
+        super().__init__(
+            Holdings(self.models, self.contents), has_greeted=lambda peer: peer not in self.strangers
         )
 
-    @property
-    def me(self) -> PeerId:
-        return self.network.me
-
-    def hear(self, event: NetworkEvent) -> None:
-        self.heard.append(event)
-        self.changed.set()
-
-    def all(self, *kinds: type) -> list[NetworkEvent]:
-        return [event for event in self.heard if isinstance(event, kinds)]
-
-    async def until(self, condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(60):
-            while not condition():
-                self.changed.clear()
-                await self.changed.wait()
+    async def stop(self) -> None:
+        await super().stop()
+        self.contents.close()
 
     async def fetch(self, token: int, ref: ModelRef | ContentRef, *sources: "Peer") -> NetworkEvent:
         """The answer, from the first source and the others."""
@@ -105,27 +82,8 @@ MakePeer = Callable[[], Awaitable[Peer]]
 
 @pytest.fixture
 async def make_peer(tmp_path: Path) -> AsyncIterator[MakePeer]:
-    peers: list[Peer] = []
-
-    async def make() -> Peer:
-        peer = Peer(tmp_path / str(len(peers)))
-        peers.append(peer)
-        (peer.address, *_) = await peer.network.start()
-        return peer
-
-    yield make
-    for peer in peers:
-        await peer.network.stop()
-        peer.contents.close()
-        assert not peer.crash
-
-
-async def link(peer: Peer, *others: Peer) -> None:
-    for other in others:
-        peer.network.dial(other.address)
-    await peer.until(lambda: {e.peer for e in peer.all(LinkUp)} >= {other.me for other in others})  # type: ignore[union-attr]
-    for other in others:
-        await other.until(lambda: bool(other.all(LinkUp)))  # noqa: B023
+    async with network_peers(lambda number: Peer(tmp_path / str(number))) as make:
+        yield make
 
 
 async def linked(make_peer: MakePeer, count: int) -> tuple[Peer, list[Peer]]:

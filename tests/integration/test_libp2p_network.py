@@ -1,49 +1,29 @@
 """What only the real adapter does: resuming, its own limits, its life and its end."""
 
-import asyncio
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from node.libp2p_network import Libp2pNetwork
 from node.libp2p_transfer import MAX_SERVES_PER_PEER
-from node.ports import NetworkEvent
 from node.store import Blob, BlobStore
 from protocols.errors import ConfigError, LocalError
 from protocols.events import Fetched, FetchFailed, LinkDown, LinkUp, Received
 from protocols.messages import Heartbeat
 from protocols.vocabulary import CHUNK_BYTES, Reason
+from tests.integration.network_peer import NetworkPeer, link, network_peers
 
 
-class Peer:
+class Peer(NetworkPeer):
     """One node's network and store, and what it heard."""
+
+    patience_s = 30.0
 
     def __init__(self, home: Path, listen: str = "/ip4/127.0.0.1/tcp/0") -> None:
         home.mkdir()
         self.store = BlobStore(home, lambda path: None)
-        self.heard: list[NetworkEvent] = []
-        self.changed = asyncio.Event()
-        self.crash: list[BaseException] = []
-        self.network = Libp2pNetwork(
-            Ed25519PrivateKey.generate(), [listen], self.store, self.hear, on_crash=self.crash.append
-        )
-        self.address = ""
-
-    def hear(self, event: NetworkEvent) -> None:
-        self.heard.append(event)
-        self.changed.set()
-
-    def all(self, kind: type) -> list[NetworkEvent]:
-        return [event for event in self.heard if isinstance(event, kind)]
-
-    async def until(self, condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(30):
-            while not condition():
-                self.changed.clear()
-                await self.changed.wait()
+        super().__init__(self.store, listen)
 
 
 MakePeer = Callable[[], Awaitable[Peer]]
@@ -51,25 +31,13 @@ MakePeer = Callable[[], Awaitable[Peer]]
 
 @pytest.fixture
 async def make_peer(tmp_path: Path) -> AsyncIterator[MakePeer]:
-    peers: list[Peer] = []
-
-    async def make() -> Peer:
-        peer = Peer(tmp_path / str(len(peers)))
-        peers.append(peer)
-        (peer.address, *_) = await peer.network.start()
-        return peer
-
-    yield make
-    for peer in peers:
-        await peer.network.stop()
-        assert not peer.crash
+    async with network_peers(lambda number: Peer(tmp_path / str(number))) as make:
+        yield make
 
 
 async def linked(make_peer: MakePeer) -> tuple[Peer, Peer]:
     a, b = await make_peer(), await make_peer()
-    a.network.dial(b.address)
-    await a.until(lambda: bool(a.all(LinkUp)))
-    await b.until(lambda: bool(b.all(LinkUp)))
+    await link(a, b)
     return a, b
 
 

@@ -7,18 +7,16 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
-from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from libp2p.abc import INetStream
 
 from node import libp2p_network, libp2p_transfer
-from node.libp2p_network import Libp2pNetwork
-from node.ports import NetworkEvent
 from node.rate_limit import MIN_BYTES_PER_S
 from node.store import Blob, BlobStore
 from protocols.errors import ConfigError
 from protocols.events import DialFailed, Fetched, FetchFailed, LinkDown, LinkUp, Received, Rejected
 from protocols.messages import Heartbeat
 from protocols.vocabulary import CHUNK_BYTES, ModelRef, PeerId, Reason
+from tests.integration.network_peer import NetworkPeer, link, network_peers
 
 UP = 8_000_000
 """Bytes per second of one server's uplink."""
@@ -26,41 +24,13 @@ MODEL = random.Random(6).randbytes(40_000_000)
 SMALL = MODEL[: 12 * CHUNK_BYTES + 7]
 
 
-class Peer:
+class Peer(NetworkPeer):
     """One node's network and store, and what it heard."""
 
     def __init__(self, home: Path, psk: str | None = None) -> None:
         home.mkdir()
         self.store = BlobStore(home, lambda path: None)
-        self.heard: list[NetworkEvent] = []
-        self.changed = asyncio.Event()
-        self.crash: list[BaseException] = []
-        self.address = ""
-        self.network = Libp2pNetwork(
-            Ed25519PrivateKey.generate(),
-            ["/ip4/127.0.0.1/tcp/0"],
-            self.store,
-            self.hear,
-            on_crash=self.crash.append,
-            psk=psk,
-        )
-
-    @property
-    def me(self) -> PeerId:
-        return self.network.me
-
-    def hear(self, event: NetworkEvent) -> None:
-        self.heard.append(event)
-        self.changed.set()
-
-    def all(self, *kinds: type) -> list[NetworkEvent]:
-        return [event for event in self.heard if isinstance(event, kinds)]
-
-    async def until(self, condition: Callable[[], bool]) -> None:
-        async with asyncio.timeout(60):
-            while not condition():
-                self.changed.clear()
-                await self.changed.wait()
+        super().__init__(self.store, psk=psk)
 
     async def fetch(self, token: int, ref: ModelRef, *sources: "Peer") -> float:
         """The seconds until it was answered, from the first source and the others."""
@@ -75,26 +45,8 @@ MakePeer = Callable[..., Awaitable[Peer]]
 
 @pytest.fixture
 async def make_peer(tmp_path: Path) -> AsyncIterator[MakePeer]:
-    peers: list[Peer] = []
-
-    async def make(psk: str | None = None) -> Peer:
-        peer = Peer(tmp_path / str(len(peers)), psk)
-        peers.append(peer)
-        (peer.address, *_) = await peer.network.start()
-        return peer
-
-    yield make
-    for peer in peers:
-        await peer.network.stop()
-        assert not peer.crash
-
-
-async def link(peer: Peer, *others: Peer) -> None:
-    for other in others:
-        peer.network.dial(other.address)
-    await peer.until(lambda: {e.peer for e in peer.all(LinkUp)} >= {other.me for other in others})  # type: ignore[union-attr]
-    for other in others:
-        await other.until(lambda: bool(other.all(LinkUp)))  # noqa: B023
+    async with network_peers(lambda number, psk=None: Peer(tmp_path / str(number), psk)) as make:
+        yield make
 
 
 async def servers(
