@@ -3,7 +3,7 @@
 Belongs here: reading. It blocks, on the library's and the store's files.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from node.content_entries import entry_facts, name_of
@@ -34,17 +34,18 @@ class Shelf:
     # --- many items -----------------------------------------------------------------------------------------
     def rows(self, mine: bool, limit: int) -> list[dict[str, Any]]:
         """What is shared, by this node alone or by anybody; what was heard of last comes first."""
-        held = self.held()
-        entries = map(self._library.entry, self._library.items(self._me if mine else None, limit))
+        items = self._library.items(self._me if mine else None, limit)
+        held = self._held(items)
+        entries = map(self._library.entry, items)
         return [self._row(entry, held) for entry in entries if entry is not None]
 
     def _row(self, entry: Shared, held: Mapping[Digest, Item]) -> dict[str, Any]:
         whose = self._whose(self._library.sharers(entry.item))
         return {**entry_facts(entry), **whose, **_where(held.get(Digest(entry.item)))}
 
-    def held(self) -> dict[Digest, Item]:
-        """What lies on this device."""
-        return {item.digest: item for item in self._store.items()}
+    def _held(self, among: Collection[bytes] | None = None) -> dict[Digest, Item]:
+        """What of these, or of all, lies on this device."""
+        return {item.digest: item for item in self._store.items(among)}
 
     def _whose(self, sharers: Iterable[bytes]) -> dict[str, Any]:
         others = [str(peer_of_author(author)) for author in sharers if author != self._me]
@@ -52,8 +53,9 @@ class Shelf:
 
     def find(self, text: str, limit: int, ranker: str | None) -> list[dict[str, Any]]:
         """Results of a search, best first. Raises ConfigError where there is no such ranker."""
-        held = self.held()
-        return [self._result(result, held) for result in self._library.search(text, limit, ranker)]
+        results = self._library.search(text, limit, ranker)
+        held = self._held([result.item for result in results])
+        return [self._result(result, held) for result in results]
 
     def _result(self, result: Result, held: Mapping[Digest, Item]) -> dict[str, Any]:
         return {
@@ -73,7 +75,7 @@ class Shelf:
 
     def own_entries(self) -> list[Shared]:
         """What this node shares and still has."""
-        held, found = self.held(), []
+        held, found = self._held(), []
         for item in self._library.items(self._me, self._max_own):
             entry = self._library.entry(item)
             if entry is not None and (entry.kind is Kind.LINK or _is_whole(held.get(item))):
@@ -132,7 +134,7 @@ class Shelf:
 
     def at_hand(self, entry: Shared) -> dict[str, Any] | None:
         """An item that is here and whole, told as if it had just been got."""
-        held = self.held().get(Digest(entry.item))
+        held = self._held([entry.item]).get(Digest(entry.item))
         if held is None or not _is_whole(held):
             return None
         return {
@@ -159,7 +161,7 @@ class Shelf:
         }
         held = {
             item: each.path.name
-            for item, each in self.held().items()
+            for item, each in self._held().items()
             if item.hex().startswith(prefix.lower())
         }
         found = {**held, **own}

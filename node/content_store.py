@@ -13,7 +13,7 @@ import re
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -305,12 +305,14 @@ class ContentStore:
             for (digest,) in self._tables.rows("SELECT DISTINCT digest FROM files WHERE NOT changed")
         )
 
-    def items(self) -> tuple[Item, ...]:
-        """All that is shared and all that was got and is served, by path."""
+    def items(self, among: Collection[bytes] | None = None) -> tuple[Item, ...]:
+        """All that is shared and all that was got and is served, or only what is among some digests; by path."""
+        only = "" if among is None else f"AND items.digest IN ({', '.join('?' * len(among))}) "
         rows = self._tables.rows(
-            "SELECT items.digest, kind, items.path, is_got, count(*), sum(changed != 0), sum(size_bytes) FROM items "
-            "JOIN files ON item = items.digest WHERE origin IN ('shared', 'copied', 'got') "
-            "GROUP BY items.digest ORDER BY items.path"
+            "SELECT items.digest, kind, items.path, is_got, count(*), sum(changed != 0), sum(size_bytes) FROM items "  # noqa: S608 - marks alone
+            f"JOIN files ON item = items.digest WHERE origin IN ('shared', 'copied', 'got') {only}"
+            "GROUP BY items.digest ORDER BY items.path",
+            *(among or ()),
         )
         return tuple(
             Item(Digest(digest), Kind(kind), path_of(path), bool(is_got), num_files, num_changed, total_bytes)

@@ -511,6 +511,9 @@ def test_a_file_is_got_placed_and_served_from_there(box: Box) -> None:
     assert box.store.wanted() == ()
     assert box.store.progress(ref.digest) == (len(DATA), len(DATA))
     assert [(item.path, item.is_got) for item in box.store.items()] == [(path, True)]
+    (item,) = box.store.items()
+    assert box.store.items([bytes(32), item.digest]) == (item,)
+    assert box.store.items([bytes(32)]) == box.store.items([]) == ()
 
 
 def test_a_folder_is_got_list_first(box: Box) -> None:
